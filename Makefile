@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all that a fresh machine with Python and a C++ compiler needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+.PHONY: demo test bench lint format sanitize clean
+
+demo: $(VENV)/train
+	$(BIN)/python train/run.py
+
+test: $(VENV)/all
+	$(BIN)/python -m pytest
+
+# Alone on the machine, or the ratios mean nothing.
+bench: $(VENV)/all
+	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python -m pytest benchmarks/test_bench_loss.py --benchmark-only
+
+lint: $(VENV)/all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The C++ code and its Python tests under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the checkout's own.
+sanitize: $(VENV)/all
+	PATH="$(abspath $(BIN)):$$PATH" bash python_tests/sanitize.sh
+
+clean:
+	rm -rf build dist *.egg-info sortkd_kernels/*.so $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+$(VENV)/torch: | $(VENV)/bin/python
+	$(BIN)/pip install -q torch torchvision setuptools wheel pybind11 ninja numpy
+	touch $@
+
+$(VENV)/train: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[train]'
+	touch $@
+
+$(VENV)/all: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[train,bench,dev,examples]'
+	touch $@

@@ -1,0 +1,149 @@
+// The correction of one teacher row in place: rotate the classes above the label, or swap the largest with the label.
+//
+// Only the classes above the label are touched. They are compacted, ordered by (value descending, index ascending) and
+// shifted by one. A handful is ordered by insertion, more by a radix sort of as many passes as the keys' range has bytes,
+// so the cost grows linearly with the rank up to C.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../launch.h"
+#include "simd.h"
+
+namespace sortkd {
+inline namespace CPU_CAPABILITY {
+
+// A row as the kernels hold it: C values in arithmetic type, then -infinity to a multiple of the vector; the label's own
+// value is taken out (-infinity in its place) so that sums and maxima run over the other classes.
+template <typename T>
+struct Row {
+  T* values;
+  int64_t C, padded;
+  int64_t label;
+  T label_value;
+  T max_others;
+};
+
+// An order-preserving unsigned image of a float: larger value, smaller key.
+inline uint32_t descending_key(float x) {
+  uint32_t bits;
+  x += 0.0f;  // -0 and +0 are equal
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+}
+inline uint64_t descending_key(double x) {
+  uint64_t bits;
+  x += 0.0;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x8000000000000000ull ? bits : ~bits & 0x7fffffffffffffffull;
+}
+
+template <typename T>
+struct Above {
+  using Key = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
+  struct Entry {
+    Key key;
+    int32_t index;
+  };
+  std::vector<Entry> entries, spare;
+  std::vector<T> ordered;
+};
+
+// Indices ascending, so that a stable order by value breaks ties by the lower index.
+template <typename T>
+inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
+  using V = Vec<T>;
+  // Every write lands before its test, so one block past the last entry is written too.
+  if (static_cast<int64_t>(above.entries.size()) < rank + V::size()) above.entries.resize(rank + V::size());
+  auto* out = above.entries.data();
+  int64_t count = 0;
+  const V threshold(row.label_value);
+  for (int64_t i = 0; i < row.padded && count < rank; i += V::size()) {
+    const V hit = (V::loadu(row.values + i) > threshold) & V(T(1));
+    if (hit.zero_mask() == (1 << V::size()) - 1) continue;
+    for (int64_t j = i; j < i + V::size(); ++j) {
+      const T value = row.values[j];
+      out[count].key = descending_key(value);
+      out[count].index = static_cast<int32_t>(j);
+      count += value > row.label_value;
+    }
+  }
+  return count;
+}
+
+template <typename T>
+inline void order(Above<T>& above, int64_t count) {
+  using Key = typename Above<T>::Key;
+  using Entry = typename Above<T>::Entry;
+  Entry* entries = above.entries.data();
+  constexpr int64_t kInsertion = 24;  // below it, clearing and scanning the radix histograms costs more
+  if (count <= kInsertion) {
+    for (int64_t i = 1; i < count; ++i) {
+      const Entry moving = entries[i];
+      int64_t j = i;
+      for (; j > 0 && entries[j - 1].key > moving.key; --j) entries[j] = entries[j - 1];
+      entries[j] = moving;
+    }
+    return;
+  }
+  Key low = entries[0].key, high = low;
+  for (int64_t i = 1; i < count; ++i) {
+    low = std::min(low, entries[i].key);
+    high = std::max(high, entries[i].key);
+  }
+  if (static_cast<int64_t>(above.spare.size()) < count) above.spare.resize(above.entries.size());
+  Entry* from = entries;
+  Entry* to = above.spare.data();
+  const Key range = high - low;
+  for (int shift = 0; shift < static_cast<int>(sizeof(Key)) * 8 && (range >> shift) != 0; shift += 8) {
+    uint32_t start[256] = {};
+    for (int64_t i = 0; i < count; ++i) ++start[((from[i].key - low) >> shift) & 255];
+    uint32_t sum = 0;
+    for (uint32_t& bin : start) sum += std::exchange(bin, sum);
+    for (int64_t i = 0; i < count; ++i) to[start[((from[i].key - low) >> shift) & 255]++] = from[i];
+    std::swap(from, to);
+  }
+  if (from != entries) above.entries.swap(above.spare);
+}
+
+// The label takes the largest value, each class above it the next lower one.
+template <typename T>
+inline void rotate(Row<T>& row, Above<T>& above, int64_t rank) {
+  const int64_t count = collect_above(row, above, rank);
+  order(above, count);
+  const auto* entries = above.entries.data();
+  T* values = row.values;
+  const T largest = values[entries[0].index];
+  for (int64_t k = 0; k + 1 < count; ++k) values[entries[k].index] = values[entries[k + 1].index];
+  values[entries[count - 1].index] = row.label_value;
+  row.max_others = values[entries[0].index];
+  row.label_value = largest;
+}
+
+template <typename T>
+inline void swap_with_largest(Row<T>& row) {
+  int64_t top = 0;
+  while (!(row.values[top] == row.max_others)) ++top;
+  std::swap(row.values[top], row.label_value);
+  T largest = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < row.C; ++i) largest = row.values[i] > largest ? row.values[i] : largest;
+  row.max_others = largest;
+}
+
+// `rank`: classes above the label. With rank 0 the teacher was right, and every correction leaves it alone.
+template <typename T>
+inline void correct(Row<T>& row, Above<T>& above, Correction correction, int64_t rank) {
+  if (rank == 0 || correction == Correction::None) return;
+  if (correction == Correction::Sort)
+    rotate(row, above, rank);
+  else
+    swap_with_largest(row);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace sortkd

@@ -1,0 +1,74 @@
+// The bridge between the dispatcher and the row kernels: plain pointers and numbers, no torch types beyond the dtype tag.
+//
+// Shapes: N rows = outer * inner; logits are [outer, C, inner] (inner = 1: rows contiguous), row values are [N].
+// "acc" is float, or double where an input is double.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace sortkd {
+
+enum class Correction : int64_t { None = 0, Sort = 1, Swap = 2 };
+enum class Reduction : int64_t { None = 0, Sum = 1, Mean = 2 };
+
+// Rows and their classes, as a tensor of any class_dim has them.
+struct Layout {
+  int64_t outer;
+  int64_t C;
+  int64_t inner;
+  int64_t rows() const { return outer * inner; }
+};
+
+// The weights and switches of a row's loss; the same for all rows of a call.
+struct LossOptions {
+  Correction correction;
+  bool decoupled;    // DKD instead of KD
+  bool standardize;  // LSKD's z-score on both sides
+  bool want_ce;      // the cross-entropy is asked for: weighted, or as a part
+  bool uniform_tail; // top-k teachers: spread the mass outside the k evenly
+  double kd_weight, alpha, beta, ce_weight;
+};
+
+struct LossArgs {
+  Layout layout;
+  LossOptions options;
+  bool acc_double;
+  c10::ScalarType student_dtype, teacher_dtype;
+  const void* student;             // [outer, C, inner]
+  const void* teacher;             // [outer, C, inner], or [N, k] values of a top-k teacher
+  const int64_t* teacher_indices;  // [N, k], or null for a full teacher
+  int64_t k;
+  const int64_t* target;           // [N], each in [0, C) or ignore_index
+  int64_t ignore_index;
+  const void* temperature;         // acc, [N] or [1]
+  int64_t temperature_stride;      // 1 or 0
+  const void* upstream;            // acc, [N] or [1]: d result / d row loss, already with the mean's 1/n
+  int64_t upstream_stride;         // 1 or 0
+  void* kd;                        // acc [N]
+  void* ce;                        // acc [N], or null
+  int32_t* rank;                   // [N], or null
+  void* grad_student;              // student's dtype, [outer, C, inner], or null
+  void* grad_temperature;          // acc [N], or null
+};
+
+struct SortArgs {
+  Layout layout;
+  Correction correction;
+  c10::ScalarType dtype;
+  const void* teacher;    // [outer, C, inner]
+  const int64_t* target;  // [N]
+  int64_t ignore_index;
+  void* corrected;        // like teacher
+};
+
+namespace cpu {
+
+// Run every row on the threads of ATen, with the widest instruction set that this processor has.
+void sort_kd_loss(const LossArgs& args);
+void sort_kd_sort(const SortArgs& args);
+const char* capability();
+
+}  // namespace cpu
+}  // namespace sortkd

@@ -1,0 +1,20 @@
+"""Sort-KD (arXiv 2508.16544) as one fused kernel: the teacher corrected by the label, and the loss with its gradient."""
+
+from .backends import BackendState, available_backends, build_info
+from .fused_sort_kd import SortKDOutput, fused_sort_dkd, fused_sort_kd, fused_sort_kd_topk, sort_logits
+from .losses import LearnedTemperature, SortDKDLoss, SortKDLoss
+
+__all__ = [
+    "BackendState",
+    "LearnedTemperature",
+    "SortDKDLoss",
+    "SortKDLoss",
+    "SortKDOutput",
+    "available_backends",
+    "build_info",
+    "fused_sort_dkd",
+    "fused_sort_kd",
+    "fused_sort_kd_topk",
+    "sort_logits",
+]
+__version__ = "0.1.0"

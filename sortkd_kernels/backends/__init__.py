@@ -1,0 +1,105 @@
+"""Which backends there are on this machine, why one is missing, and which one a call uses.
+
+| backend     | device       | needs                           | role                                             |
+|-------------|--------------|---------------------------------|--------------------------------------------------|
+| `native`    | CPU, CUDA    | the compiled extension          | default where it is built for the device         |
+| `triton`    | CUDA, ROCm   | triton (CPU: its interpreter)   | default on GPUs without a native build           |
+| `reference` | any          | torch                           | the oracle; the fallback elsewhere, with a warning |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    _C = importlib.import_module("sortkd_kernels._C")
+except ImportError as error:  # no compiler at install time, or another torch at run time
+    _C, _NATIVE_ERROR = None, str(error)
+
+NAMES = ("native", "triton", "reference")
+
+
+class BackendState(NamedTuple):
+    """Whether a backend can run here, on which device types, and the reason where it cannot."""
+
+    available: bool
+    devices: tuple[str, ...]
+    reason: str
+
+
+def available_backends() -> dict[str, BackendState]:
+    """The state of each backend, by name. Starts no device and compiles nothing."""
+    return {
+        "native": _native_state(),
+        "triton": _triton_state(),
+        "reference": BackendState(True, ("any",), "PyTorch ops on any device"),
+    }
+
+
+def build_info() -> dict[str, Any]:
+    """Facts of the compiled extension: instruction set in use, those carried, compiler, CUDA; empty where not built."""
+    return {} if _C is None else _C.build_info()
+
+
+def choose(fn: str, backend: str | None, device: torch.device) -> str:
+    """The backend of one call: ``backend`` by name, which never falls back, or the device's default.
+
+    Raises:
+        ValueError: ``backend`` is not a name of this package.
+        RuntimeError: the named backend cannot run on ``device``; the message has the reason.
+    """
+    if backend is None:
+        return _default(device.type)
+    if backend not in NAMES:
+        raise ValueError(f"{fn}: expected backend to be one of {', '.join(map(repr, NAMES))} or None, got {backend!r}")
+    problem = _problem(backend, device.type)
+    if problem:
+        raise RuntimeError(f"{fn}: backend {backend!r} cannot run on {device.type}: {problem}")
+    return backend
+
+
+@functools.cache
+def _default(device: str) -> str:
+    for name in ("native", "triton"):
+        # The Triton interpreter is a test instrument: thousands of times slower than the reference on a CPU.
+        if not _problem(name, device) and not (name == "triton" and device == "cpu"):
+            return name
+    warnings.warn(
+        f"sortkd_kernels: no compiled backend for {device} ({_problem('native', device)}); using the PyTorch reference, "
+        "which is correct and slow",
+        stacklevel=4,
+    )
+    return "reference"
+
+
+def _problem(name: str, device: str) -> str:
+    state = available_backends()[name]
+    if not state.available:
+        return state.reason
+    if "any" not in state.devices and device not in state.devices:
+        return f"it runs on {', '.join(state.devices)}"
+    return ""
+
+
+def _native_state() -> BackendState:
+    if _C is None:
+        return BackendState(False, (), f"the compiled extension is not there ({_NATIVE_ERROR})")
+    info = _C.build_info()
+    devices = ("cpu", "cuda") if info["cuda"] else ("cpu",)
+    return BackendState(True, devices, f"CPU kernels for {info['cpu_capability']}")
+
+
+@functools.cache
+def _triton_state() -> BackendState:
+    if importlib.util.find_spec("triton") is None:
+        return BackendState(False, (), "triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return BackendState(True, ("cpu",), "under the Triton interpreter (TRITON_INTERPRET=1)")
+    return BackendState(True, ("cuda",), "compiled by triton at the first call")

@@ -1,0 +1,147 @@
+"""The user's contract, written once: what every public function accepts, and the words for what it does not.
+
+Messages name the function, what was expected and what came. The checks read shapes, dtypes and devices only, never a
+value of a tensor, so they neither synchronise a GPU nor break a graph under ``torch.compile``. Label ranges are values:
+the CPU kernels check them (``IndexError``), the GPU kernels assert on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+CORRECTIONS = ("none", "sort", "swap")
+REDUCTIONS = ("none", "sum", "mean")
+TAILS = ("renormalize", "uniform")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(fn: str, argument: str, logits: Tensor) -> None:
+    """A float tensor with at least one dimension."""
+    if isinstance(logits, Tensor) and logits.dtype in FLOAT_DTYPES and logits.dim():
+        return
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{fn}: expected {argument} to be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{fn}: expected {argument} of dtype float32, float64, bfloat16 or float16, got {_dtype(logits)}"
+        )
+    raise ValueError(f"{fn}: expected {argument} of shape [..., C], got a 0-d tensor")
+
+
+def check_target(fn: str, argument: str, logits: Tensor, target: Tensor, class_dim: int = -1) -> None:
+    """Labels, int64, one for each row of ``logits``, on the same device."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{fn}: expected target to be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{fn}: expected target of dtype int64 (class indices), got {_dtype(target)}")
+    if not isinstance(class_dim, int) or not -logits.dim() <= class_dim < logits.dim():
+        raise ValueError(
+            f"{fn}: expected class_dim to name one of the {logits.dim()} dimensions of {argument}, got {class_dim!r}"
+        )
+    shape = logits.shape
+    rows = shape[:-1] if class_dim == -1 else shape[: class_dim % len(shape)] + shape[class_dim % len(shape) + 1 :]
+    if shape[class_dim] == 0:
+        raise ValueError(f"{fn}: expected {argument} with at least one class, got shape {tuple(shape)}")
+    if target.shape != rows:
+        raise ValueError(
+            f"{fn}: expected target of shape {tuple(rows)} to match {argument} {tuple(shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+    check_device(fn, argument, logits, "target", target)
+
+
+def check_teacher(fn: str, student: Tensor, teacher: Tensor) -> None:
+    """Logits of the student's shape and device (the dtypes may differ) that no gradient is asked for."""
+    check_logits(fn, "teacher", teacher)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{fn}: expected teacher of shape {tuple(student.shape)} to match student, got {tuple(teacher.shape)}"
+        )
+    check_frozen(fn, "teacher", teacher)
+    check_device(fn, "student", student, "teacher", teacher)
+
+
+def check_frozen(fn: str, argument: str, teacher: Tensor) -> None:
+    """No gradient flows to a teacher: one that asks for it is a mistake in the caller's code."""
+    if teacher.requires_grad:
+        raise ValueError(
+            f"{fn}: expected {argument} without requires_grad, since no gradient flows to the teacher; "
+            "run the teacher under torch.no_grad() or pass its logits .detach()ed"
+        )
+
+
+def check_device(fn: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Two tensors on one device."""
+    if a.device != b.device:
+        raise ValueError(f"{fn}: expected {second} on {a.device} like {first}, got {b.device}")
+
+
+def check_top_k(fn: str, student: Tensor, values: Tensor, indices: Tensor) -> None:
+    """A teacher's top k: values and classes ``[..., k]`` beside a student ``[..., C]`` with ``k <= C``."""
+    check_logits(fn, "teacher_values", values)
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{fn}: expected teacher_indices to be a torch.Tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{fn}: expected teacher_indices of dtype int64, got {_dtype(indices)}")
+    rows, classes = student.shape[:-1], student.shape[-1]
+    if values.shape[:-1] != rows or not 0 < values.shape[-1] <= classes:
+        raise ValueError(
+            f"{fn}: expected teacher_values of shape {(*rows, 'k')} with 0 < k <= {classes}, got {tuple(values.shape)}"
+        )
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"{fn}: expected teacher_indices of shape {tuple(values.shape)} to match teacher_values, "
+            f"got {tuple(indices.shape)}"
+        )
+    check_frozen(fn, "teacher_values", values)
+    check_device(fn, "student", student, "teacher_values", values)
+    check_device(fn, "student", student, "teacher_indices", indices)
+
+
+def check_temperature(fn: str, temperature: float) -> None:
+    """A positive finite number."""
+    check_number(fn, "temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"{fn}: expected temperature to be positive, got {temperature}")
+
+
+def check_temperature_tensor(fn: str, temperature: Tensor, student: Tensor, target: Tensor) -> None:
+    """A float tensor, 0-d or one value for each row; its values are not read."""
+    if temperature.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{fn}: expected temperature of a float dtype, got {_dtype(temperature)}")
+    if temperature.dim() != 0 and temperature.shape != target.shape:
+        raise ValueError(
+            f"{fn}: expected temperature of shape () or {tuple(target.shape)}, one value a row, "
+            f"got {tuple(temperature.shape)}"
+        )
+    check_device(fn, "student", student, "temperature", temperature)
+
+
+def check_number(fn: str, argument: str, value: float) -> None:
+    """A finite real number."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{fn}: expected {argument} to be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{fn}: expected {argument} to be finite, got {value}")
+
+
+def check_choice(fn: str, argument: str, value: str, choices: Iterable[str]) -> None:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{fn}: expected {argument} to be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_ignore_index(fn: str, value: int) -> None:
+    """An integer; it may lie outside the classes or name one of them."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{fn}: expected ignore_index to be an int, got {type(value).__name__}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,246 @@
+"""The functional API: check the arguments, choose a backend, call its one op.
+
+The mathematics, and the reasons for it, are in :mod:`sortkd_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import backends, checks, ops
+
+_CORRECTION = {name: code for code, name in enumerate(checks.CORRECTIONS)}
+_REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {"batchmean": checks.REDUCTIONS.index("mean")}
+
+
+class SortKDOutput(NamedTuple):
+    """What a loss function returns with ``return_parts=True``.
+
+    Attributes:
+        loss: the weighted loss, reduced; the only part with a gradient.
+        kd: the distillation term, unweighted by ``kd_weight``, reduced alike, detached.
+        ce: the cross-entropy, unweighted, reduced alike, detached.
+        rank: the number of classes that the teacher put above the label, int32, of ``target``'s shape; 0 where the
+            teacher was right and in ignored rows. ``(rank > 0).float().mean()`` is the share of corrected rows.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    rank: Tensor
+
+
+def fused_sort_kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 4.0,
+    correction: str = "sort",
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    standardize: bool = False,
+    class_dim: int = -1,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    inplace: bool = False,
+    backend: str | None = None,
+    return_parts: bool = False,
+) -> Tensor | SortKDOutput:
+    r"""Knowledge distillation from a teacher corrected by the label, in one pass over the logits.
+
+    The loss of a row is ``kd_weight * T^2 * KL(softmax(t'/T) || softmax(s/T)) + ce_weight * CE(s, y)`` with ``t'`` the
+    teacher's row after the correction (Sort-KD, arXiv 2508.16544). The gradient goes to the student, and to
+    ``temperature`` where it is a tensor that asks for it.
+
+    Args:
+        student: logits ``[..., C]``, float32, float64, bfloat16 or float16.
+        teacher: logits of the same shape, any of these dtypes, without ``requires_grad``.
+        target: labels ``[...]``, int64 in ``[0, C)`` or ``ignore_index``.
+        temperature: a positive float; or a tensor, 0-d or one value for each row (CTKD).
+        correction: ``"sort"``, ``"swap"`` (exchange the largest logit with the label's) or ``"none"`` (plain KD).
+        ce_weight: weight of the cross-entropy on the student's own logits.
+        kd_weight: weight of the distillation term.
+        standardize: replace both sides' logits by their z-score over the classes (LSKD).
+        class_dim: the dimension of the classes; 1 takes ``[N, C, H, W]`` logits with ``[N, H, W]`` labels.
+        reduction: ``"mean"`` over the rows that count (``"batchmean"`` is another name of it), ``"sum"``, ``"none"``.
+        ignore_index: rows with this label have loss 0, gradient 0 and do not count in the mean.
+        inplace: write the gradient over ``student``, which the caller promises not to read again.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the device's default.
+        return_parts: return :class:`SortKDOutput` instead of the loss.
+
+    Returns:
+        The loss, float32 (float64 where an input is float64), a scalar or of ``target``'s shape for ``"none"``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; the message names it.
+        IndexError: on the CPU, a label outside ``[0, C)`` that is not ``ignore_index``.
+        RuntimeError: the ``backend`` asked for is not available; the message has the reason.
+    """
+    return _loss(
+        "fused_sort_kd", student, teacher, None, target, temperature, correction, False, kd_weight, 1.0, 1.0, ce_weight,
+        standardize, False, class_dim, reduction, ignore_index, inplace, backend, return_parts,
+    )  # fmt: skip
+
+
+def fused_sort_dkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    correction: str = "sort",
+    standardize: bool = False,
+    class_dim: int = -1,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    inplace: bool = False,
+    backend: str | None = None,
+    return_parts: bool = False,
+) -> Tensor | SortKDOutput:
+    r"""Decoupled knowledge distillation (DKD, arXiv 2203.08679, equation 7) from the corrected teacher, in one pass.
+
+    The loss of a row is ``kd_weight * (alpha * TCKD + beta * NCKD) + ce_weight * CE(s, y)``, both terms with ``T^2``.
+    Everything is computed in log space from sums without the label, so the gradient is finite where the student's
+    probability of the label rounds to 1. With two classes NCKD is 0.
+
+    Args:
+        alpha: weight of the target-class term.
+        beta: weight of the non-target-class term; the recipes have one for each pair of models.
+        kd_weight: the warm-up factor of the recipes, ``min(epoch / warmup, 1)``.
+        others: as in :func:`fused_sort_kd`.
+
+    Returns:
+        As :func:`fused_sort_kd`; the part ``kd`` is ``alpha * TCKD + beta * NCKD``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as in :func:`fused_sort_kd`.
+    """
+    return _loss(
+        "fused_sort_dkd", student, teacher, None, target, temperature, correction, True, kd_weight, alpha, beta,
+        ce_weight, standardize, False, class_dim, reduction, ignore_index, inplace, backend, return_parts,
+    )  # fmt: skip
+
+
+def fused_sort_kd_topk(
+    student: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 4.0,
+    tail: str = "renormalize",
+    correction: str = "sort",
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    inplace: bool = False,
+    backend: str | None = None,
+    return_parts: bool = False,
+) -> Tensor | SortKDOutput:
+    r"""Sort-KD from a teacher served as its top ``k`` classes a row; the teacher's memory is ``k`` values a row, not ``C``.
+
+    The k values and indices stand for a full row of ``C`` logits, and the loss is exactly :func:`fused_sort_kd` of that
+    row; with ``k = C`` they are the same call. What the absent classes hold is ``tail``:
+
+    * ``"renormalize"``: ``-inf``. The teacher's distribution lives on k classes alone, renormalised there.
+    * ``"uniform"``: the values are log-probabilities at temperature 1, and the mass that they leave,
+      ``1 - sum exp(values)``, is spread evenly over the ``C - k`` absent classes.
+
+    A label outside the k therefore has every one of the k above it: it takes the largest value, each of the k the next
+    lower one, and the last of them what an absent class holds. The student's softmax runs over all ``C`` classes.
+
+    Args:
+        student: logits ``[..., C]``.
+        teacher_values: the teacher's k largest logits (or log-probabilities) a row, ``[..., k]``, in any order.
+        teacher_indices: their classes, int64 ``[..., k]``, distinct within a row.
+        target: labels ``[...]``.
+        tail: ``"renormalize"`` or ``"uniform"``.
+        others: as in :func:`fused_sort_kd`.
+
+    Returns:
+        As :func:`fused_sort_kd`; ``rank`` counts the classes among the k (and the tail) above the label.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`fused_sort_kd`.
+        IndexError: on the CPU, a label or an index outside ``[0, C)``.
+    """
+    checks.check_choice("fused_sort_kd_topk", "tail", tail, checks.TAILS)
+    return _loss(
+        "fused_sort_kd_topk", student, teacher_values, teacher_indices, target, temperature, correction, False,
+        kd_weight, 1.0, 1.0, ce_weight, False, tail == "uniform", -1, reduction, ignore_index, inplace, backend,
+        return_parts,
+    )  # fmt: skip
+
+
+def sort_logits(
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    correction: str = "sort",
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """The corrected teacher alone, to put before any other logit-based loss.
+
+    Args:
+        teacher: logits ``[..., C]`` without ``requires_grad``.
+        target: labels ``[...]``, int64; rows of ``ignore_index`` are returned as they are.
+        correction, ignore_index, backend: as in :func:`fused_sort_kd`.
+
+    Returns:
+        A new tensor of ``teacher``'s shape and dtype; a row with a NaN is all NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as in :func:`fused_sort_kd`.
+    """
+    fn = "sort_logits"
+    checks.check_logits(fn, "teacher", teacher)
+    checks.check_frozen(fn, "teacher", teacher)
+    checks.check_target(fn, "teacher", teacher, target)
+    checks.check_choice(fn, "correction", correction, _CORRECTION)
+    checks.check_ignore_index(fn, ignore_index)
+    op = ops.SORT_LOGITS[backends.choose(fn, backend, teacher.device)]
+    return op(teacher, target, _CORRECTION[correction], ignore_index)
+
+
+def _loss(
+    fn: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature: float | Tensor, correction: str, decoupled: bool, kd_weight: float, alpha: float, beta: float,
+    ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: str, ignore_index: int,
+    inplace: bool, backend: str | None, return_parts: bool,
+) -> Tensor | SortKDOutput:  # fmt: skip
+    """Every public loss: the same checks, then the backend's op, whose arguments are these without the names."""
+    checks.check_logits(fn, "student", student)
+    if teacher_indices is None:
+        checks.check_teacher(fn, student, teacher)
+    else:
+        checks.check_top_k(fn, student, teacher, teacher_indices)
+    checks.check_target(fn, "student", student, target, class_dim)
+    learned = isinstance(temperature, Tensor)
+    if learned:
+        checks.check_temperature_tensor(fn, temperature, student, target)
+    else:
+        checks.check_temperature(fn, temperature)
+    checks.check_number(fn, "kd_weight", kd_weight)
+    checks.check_number(fn, "ce_weight", ce_weight)
+    if decoupled:
+        checks.check_number(fn, "alpha", alpha)
+        checks.check_number(fn, "beta", beta)
+    checks.check_choice(fn, "correction", correction, _CORRECTION)
+    checks.check_choice(fn, "reduction", reduction, _REDUCTION)
+    checks.check_ignore_index(fn, ignore_index)
+    op = ops.LOSS[backends.choose(fn, backend, student.device)]
+    output = op(
+        student, teacher, teacher_indices, target, temperature if learned else None, 1.0 if learned else temperature,
+        _CORRECTION[correction], decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail, class_dim,
+        _REDUCTION[reduction], ignore_index, return_parts, inplace,
+    )  # fmt: skip
+    return SortKDOutput(*output) if return_parts else output[0]

@@ -1,0 +1,168 @@
+r"""The mathematics of this package, in the plainest form: the oracle that every kernel is tested against.
+
+Source: "Parameter-Free Logit Distillation via Sorting Mechanism", IEEE SPL 2025, arXiv 2508.16544 (Sort-KD). DKD is
+arXiv 2203.08679, LSKD arXiv 2403.01427, CTKD arXiv 2211.16231. Everything here is ordinary differentiable PyTorch in
+whatever float dtype it is given; nothing is shared with the kernels.
+
+The correction (:func:`sort_logits`)
+------------------------------------
+One row: teacher logits ``t`` of ``C`` classes, label ``y``. Order the classes by logit, descending, with the label moved
+to the front; order the values, descending; hand the k-th value to the k-th class.
+
+*Why the kernels need no sort.* Let ``A = {i : t_i > t_y}`` and ``r = |A|``, the rank of the label. In the order of the
+values, A fills the places ``0 .. r-1`` and the label place ``r`` (a class that ties with the label is not in A, and is
+not moved in front of it either: both the label and its ties hold the same value). Moving the label to the front shifts
+each class of A one place down and leaves all others where they were. So ``t'`` is ``t`` with its top ``r + 1`` values
+rotated by one: the label takes the maximum, each class of A takes the next lower value of ``A + {y}``, and every other
+class keeps its own. With ``r = 0`` nothing moves. ``t'`` is a permutation of ``t``, so its maximum, logsumexp and entropy
+are those of ``t``; and since ranks survive an increasing map, the correction commutes with temperature and z-score.
+
+The losses of a row
+-------------------
+``u = s / T``, ``v = t' / T``, ``q = softmax(u)``, ``p = softmax(v)``. With standardization (LSKD) ``s`` and ``t'`` are
+first replaced by ``(x - mean) / (1e-7 + std)`` over the classes, ``std`` with ``C - 1`` (and 0 for ``C = 1``).
+
+* KD   ``= T^2 sum_i p_i (log p_i - log q_i)``, a class with ``p_i = 0`` counting 0.
+* DKD  ``= alpha TCKD + beta NCKD``: ``TCKD = T^2 KL((p_y, 1 - p_y) || (q_y, 1 - q_y))`` and ``NCKD = T^2 KL`` of the
+  distributions of the classes without ``y``, renormalised. ``KD = TCKD + (1 - p_y) NCKD``.
+* CE   ``= -log softmax(s)_y``, on the student's own logits.
+
+*The gradient.* ``d log q_j / d u_i = [i = j] - q_i`` and ``sum_j p_j = 1``, so ``d KL / d u = q - p`` and, with
+``d u / d s = 1/T``, ``d KD / d s = T (q - p)``. For DKD, with ``q^ = q_i / (1 - q_y)`` and ``p^`` alike over ``i != y``:
+``d DKD / d s_y = alpha T (q_y - p_y)`` and ``d DKD / d s_i = T ((beta - alpha (q_y - p_y)) q^_i - beta p^_i)``.
+
+Pinned rules: ties among teacher logits rank the lower class index first; NaN anywhere in a row makes that row NaN and no
+other; a row whose target is ``ignore_index`` has loss 0, gradient 0 and does not count in the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+STANDARDIZE_EPS = 1e-7
+
+
+def sort_logits(teacher: Tensor, target: Tensor) -> Tensor:
+    """The paper's operation on ``teacher`` ``[N, C]`` for ``target`` ``[N]``: two full stable sorts."""
+    label = target.unsqueeze(-1)
+    label_first = teacher.scatter(-1, label, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    values = teacher.sort(dim=-1, descending=True, stable=True).values
+    return _nan_rows(torch.empty_like(values).scatter(-1, label_first, values), teacher)
+
+
+def swap_logits(teacher: Tensor, target: Tensor) -> Tensor:
+    """Exchange the largest logit with the label's (SLD, RLD); the first of several largest is the one exchanged."""
+    label = target.unsqueeze(-1)
+    top = teacher.argmax(dim=-1, keepdim=True)
+    swapped = teacher.scatter(-1, top, teacher.gather(-1, label)).scatter(-1, label, teacher.gather(-1, top))
+    return _nan_rows(torch.where(teacher.gather(-1, top) > teacher.gather(-1, label), swapped, teacher), teacher)
+
+
+def correct_logits(teacher: Tensor, target: Tensor, correction: str) -> Tensor:
+    """``teacher`` ``[N, C]`` under one of the corrections ``"sort"``, ``"swap"``, ``"none"``."""
+    if correction == "none":
+        return _nan_rows(teacher, teacher)
+    return sort_logits(teacher, target) if correction == "sort" else swap_logits(teacher, target)
+
+
+def rank_of_label(teacher: Tensor, target: Tensor) -> Tensor:
+    """The number of classes above the label, ``[N]`` int32."""
+    return (teacher > teacher.gather(-1, target.unsqueeze(-1))).sum(-1, dtype=torch.int32)
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """LSKD's z-score over the classes, ``[N, C]``."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    if logits.shape[-1] == 1:
+        return centred / STANDARDIZE_EPS
+    return centred / (STANDARDIZE_EPS + logits.std(-1, keepdim=True))
+
+
+def kd_rows(student: Tensor, corrected: Tensor, temperature: Tensor) -> Tensor:
+    """``T^2 KL(softmax(corrected / T) || softmax(student / T))`` of each row, ``[N]``."""
+    t = temperature.unsqueeze(-1)
+    return temperature**2 * _kl(F.log_softmax(corrected / t, -1), F.log_softmax(student / t, -1))
+
+
+def dkd_rows(student: Tensor, corrected: Tensor, target: Tensor, temperature: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha TCKD + beta NCKD`` of each row, ``[N]`` (DKD, equation 7), in log space throughout."""
+    t = temperature.unsqueeze(-1)
+    log_p, log_q = F.log_softmax(corrected / t, -1), F.log_softmax(student / t, -1)
+    label = F.one_hot(target, student.shape[-1]).bool()
+    others_p = torch.logsumexp(log_p.masked_fill(label, -torch.inf), -1, keepdim=True)
+    others_q = torch.logsumexp(log_q.masked_fill(label, -torch.inf), -1, keepdim=True)
+    at_label = target.unsqueeze(-1)
+    tckd = _kl(
+        torch.cat([log_p.gather(-1, at_label), others_p], -1), torch.cat([log_q.gather(-1, at_label), others_q], -1)
+    )
+    if student.shape[-1] == 1:
+        return alpha * temperature**2 * tckd
+    without_p = (log_p - others_p).masked_fill(label, -torch.inf)
+    without_q = (log_q - others_q).masked_fill(label, -torch.inf)
+    return temperature**2 * (alpha * tckd + beta * _kl(without_p, without_q))
+
+
+def loss_rows(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: Tensor | float = 4.0,
+    correction: str = "sort",
+    decoupled: bool = False,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    standardized: bool = False,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distillation term, the cross-entropy and the rank of each row.
+
+    Args:
+        student, teacher: logits ``[N, C]`` of one float dtype.
+        target: labels ``[N]``, int64.
+        temperature: a float, a 0-d tensor, or one value a row ``[N]``.
+        decoupled: DKD with ``alpha`` and ``beta`` instead of KD.
+        standardized: LSKD's z-score of both sides.
+    Returns:
+        ``kd``, ``ce`` (floats ``[N]``, differentiable in student and temperature) and ``rank`` (int32 ``[N]``).
+    """
+    counts = target != ignore_index
+    # An ignored row may hold anything, NaN included: zero it before any arithmetic, or 0 * NaN reaches the gradient.
+    student = torch.where(counts.unsqueeze(-1), student, 0.0)
+    teacher = torch.where(counts.unsqueeze(-1), teacher, 0.0)
+    label = torch.where(counts, target, 0)
+    t = torch.as_tensor(temperature, dtype=student.dtype, device=student.device).expand(target.shape)
+
+    corrected = correct_logits(teacher, label, correction)
+    rank = rank_of_label(teacher, label)
+    s = standardize(student) if standardized else student
+    corrected = standardize(corrected) if standardized else corrected
+    kd = dkd_rows(s, corrected, label, t, alpha, beta) if decoupled else kd_rows(s, corrected, t)
+    ce = F.cross_entropy(student, label, reduction="none")
+    zero = torch.zeros_like(ce)
+    return torch.where(counts, kd, zero), torch.where(counts, ce, zero), rank
+
+
+def densify_top_k(values: Tensor, indices: Tensor, classes: int, uniform_tail: bool) -> Tensor:
+    """The full rows ``[N, C]`` that top-k ``values`` and ``indices`` ``[N, k]`` stand for.
+
+    Absent classes hold ``-inf``; or, with ``uniform_tail``, an equal share each of the mass that the values, then
+    log-probabilities, leave to 1 (nothing where rounding has left none).
+    """
+    rows, k = values.shape
+    tail = torch.full_like(values[:, :1], -torch.inf)
+    if uniform_tail and k < classes:
+        left = 1 - values.exp().sum(-1, keepdim=True)
+        tail = torch.where(left > 0, left, torch.where(left.isnan(), torch.nan, 0.0)).div(classes - k).log()
+    return tail.expand(rows, classes).scatter(-1, indices, values)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+
+def _nan_rows(result: Tensor, teacher: Tensor) -> Tensor:
+    return torch.where(teacher.isnan().any(-1, keepdim=True), torch.nan, result)
