@@ -96,6 +96,8 @@ struct SortKdBackward : torch::autograd::Node {
     if (const at::Tensor t = temperature.unpack(); t.defined()) tensors.temperature = t.detach();
     GradRequest now{true, false, false, upstream};
     now.inplace = request.inplace && !torch::autograd::get_current_graph_task_keep_graph();
+    // An op before this one may have saved these logits: it must see that they are gone.
+    if (now.inplace) tensors.student.unsafeGetTensorImpl()->bump_version();
     return run(tensors, config, now).grad_student;
   }
 
@@ -106,12 +108,16 @@ struct SortKdBackward : torch::autograd::Node {
   }
 
   // The results do depend on the student, but nobody wrote that derivative: whoever asks for it gets an error.
-  static void refuse_second_derivative(variable_list& grads) {
+  void refuse_second_derivative(variable_list& grads) {
     for (at::Tensor& grad : grads) {
       if (!grad.defined()) continue;
-      auto node = make_node<torch::autograd::DelayedError>(
-          "sortkd_kernels: second derivatives of the fused losses are not implemented; backend=\"reference\" has them", 1);
-      grad = (*node)({grad.detach().requires_grad_()})[0];
+      torch::autograd::edge_list edges = next_edges();
+      grad = grad.detach();
+      torch::autograd::set_history(
+          grad, make_node<torch::autograd::Error>(
+                    "sortkd_kernels: second derivatives of the fused losses are not implemented; "
+                    "backend=\"reference\" has them",
+                    std::move(edges)));
     }
   }
 };
@@ -129,6 +135,10 @@ void check_inplace(const at::Tensor& student) {
 
 LossResult loss(const LossTensors& tensors, const LossConfig& config, bool inplace) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  for (const at::Tensor& t : {tensors.student, tensors.temperature.value_or(at::Tensor())})
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(0).defined(),
+                                "sortkd_kernels: forward-mode derivatives of the fused losses are not implemented; "
+                                "backend=\"reference\" has them");
   const bool grads = at::GradMode::is_enabled();
   GradRequest request;
   request.student = grads && tensors.student.requires_grad();

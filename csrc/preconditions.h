@@ -34,7 +34,7 @@ inline int64_t check_labels(const at::Tensor& target, int64_t C, int64_t ignore_
   int64_t counted = 0;
   for (int64_t n = 0; n < target.numel(); ++n) {
     if (labels[n] == ignore_index) continue;
-    TORCH_CHECK_INDEX(labels[n] >= 0 && labels[n] < C, "expected target in [0, ", C, ") or ignore_index ", ignore_index,
+    TORCH_CHECK_INDEX(labels[n] >= 0 && labels[n] < C, "sortkd_kernels: expected target in [0, ", C, ") or ignore_index ", ignore_index,
                       ", got ", labels[n], " in row ", n);
     ++counted;
   }
@@ -50,7 +50,7 @@ inline void check_top_k(const at::Tensor& indices, const at::Tensor& values, int
                     values.sizes(), " and ", indices.sizes());
   const int64_t* data = indices.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < indices.numel(); ++i)
-    TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < C, "expected teacher_indices in [0, ", C, "), got ", data[i]);
+    TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < C, "sortkd_kernels: expected teacher_indices in [0, ", C, "), got ", data[i]);
 }
 
 }  // namespace sortkd

@@ -113,7 +113,9 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool deco
     const T covariance = alone ? T(0) : sums.moment_cross / sums.z_teacher - mean_t * cross;
     terms.along_u = b * (mean_s - mean_t_of_s) + pull * (sums.v_label_student - mean_s);
     const T spread = p.label * p.others * (sums.v_label_teacher - mean_t);
-    T along_v = a * spread * (odds_t - odds_s) + b * covariance;
+    // spread 0: one side of the label's odds is impossible for the teacher at any temperature, and the odds are infinite.
+    T along_v = b * covariance;
+    if (spread != T(0)) along_v += a * spread * (odds_t - odds_s);
     if (!decoupled) along_v -= nckd * spread;  // beta = 1 - p_y depends on the teacher too
     terms.grad_temperature = T(2) * temperature * f - temperature * (terms.along_u + along_v);
   }

@@ -25,6 +25,7 @@ def reference_loss(
     work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     classes = student.shape[class_dim]
     rows = target.reshape(-1)
+    _check_labels("target", rows, classes, ignore_index)
     if temperature_tensor is not None:
         scale = temperature_tensor.to(work)
         scale = scale.reshape(-1) if scale.dim() else scale
@@ -32,6 +33,7 @@ def reference_loss(
         full = teacher.movedim(class_dim, -1).reshape(-1, classes).to(work)
     else:
         k = teacher.shape[-1]
+        _check_labels("teacher_indices", teacher_indices.reshape(-1), classes)
         full = reference.densify_top_k(
             teacher.reshape(-1, k).to(work), teacher_indices.reshape(-1, k), classes, uniform_tail
         )
@@ -62,9 +64,25 @@ def reduce_rows(values: Tensor, target: Tensor, reduction: int, ignore_index: in
     return total if checks.REDUCTIONS[reduction] == "sum" else total / (target != ignore_index).sum()
 
 
+def _check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """As the native kernels: on the CPU, where looking at a value costs nothing, a bad label is an IndexError."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (labels < 0) | (labels >= classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise IndexError(
+            f"sortkd_kernels: expected {argument} in [0, {classes}){ignored}, got {int(labels[row])} in row {row}"
+        )
+
+
 def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
     """:func:`reference.correct_logits` as a backend."""
     rows, labels = teacher.reshape(-1, teacher.shape[-1]), target.reshape(-1)
+    _check_labels("target", labels, teacher.shape[-1], ignore_index)
     counts = labels != ignore_index
     corrected = reference.correct_logits(rows, torch.where(counts, labels, 0), checks.CORRECTIONS[correction])
     return torch.where(counts.unsqueeze(-1), corrected, rows).reshape(teacher.shape)

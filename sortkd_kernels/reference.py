@@ -82,14 +82,12 @@ def standardize(logits: Tensor) -> Tensor:
 
 def kd_rows(student: Tensor, corrected: Tensor, temperature: Tensor) -> Tensor:
     """``T^2 KL(softmax(corrected / T) || softmax(student / T))`` of each row, ``[N]``."""
-    t = temperature.unsqueeze(-1)
-    return temperature**2 * _kl(F.log_softmax(corrected / t, -1), F.log_softmax(student / t, -1))
+    return temperature**2 * _kl(_log_softmax(corrected, temperature), _log_softmax(student, temperature))
 
 
 def dkd_rows(student: Tensor, corrected: Tensor, target: Tensor, temperature: Tensor, alpha: float, beta: float) -> Tensor:
     """``alpha TCKD + beta NCKD`` of each row, ``[N]`` (DKD, equation 7), in log space throughout."""
-    t = temperature.unsqueeze(-1)
-    log_p, log_q = F.log_softmax(corrected / t, -1), F.log_softmax(student / t, -1)
+    log_p, log_q = _log_softmax(corrected, temperature), _log_softmax(student, temperature)
     label = F.one_hot(target, student.shape[-1]).bool()
     others_p = torch.logsumexp(log_p.masked_fill(label, -torch.inf), -1, keepdim=True)
     others_q = torch.logsumexp(log_q.masked_fill(label, -torch.inf), -1, keepdim=True)
@@ -157,6 +155,13 @@ def densify_top_k(values: Tensor, indices: Tensor, classes: int, uniform_tail: b
         left = 1 - values.exp().sum(-1, keepdim=True)
         tail = torch.where(left > 0, left, torch.where(left.isnan(), torch.nan, 0.0)).div(classes - k).log()
     return tail.expand(rows, classes).scatter(-1, indices, values)
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    # -inf stays -inf at any temperature; divided, it would put 0 * inf into the temperature's gradient.
+    never = logits == -torch.inf
+    scaled = torch.where(never, 0.0, logits) / temperature.unsqueeze(-1)
+    return F.log_softmax(scaled.masked_fill(never, -torch.inf), -1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 // The correction of one teacher row in place: rotate the classes above the label, or swap the largest with the label.
 //
 // Only the classes above the label are touched. They are compacted, ordered by (value descending, index ascending) and
-// shifted by one. A handful is ordered by insertion, more by a radix sort of as many passes as the keys' range has bytes,
-// so the cost grows linearly with the rank up to C.
+// shifted by one. A handful is ordered by insertion, some dozens by counting for each how many precede it, which vectors do
+// at m^2 / 16 steps, more by a radix sort of as many passes as the keys' range has bytes: linear in the rank up to C.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +29,10 @@ struct Row {
   T max_others;
 };
 
+// Measured where the next method overtakes: half of the entries' moves mispredict, and a radix pass clears and scans 256 bins.
+constexpr int64_t kMaxInsertion = 12;
+constexpr int64_t kMaxCounting = 192;
+
 // An order-preserving unsigned image of a float: larger value, smaller key.
 inline uint32_t descending_key(float x) {
   uint32_t bits;
@@ -51,7 +55,6 @@ struct Above {
     int32_t index;
   };
   std::vector<Entry> entries, spare;
-  std::vector<T> ordered;
 };
 
 // Indices ascending, so that a stable order by value breaks ties by the lower index.
@@ -77,20 +80,46 @@ inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
 }
 
 template <typename T>
-inline void order(Above<T>& above, int64_t count) {
+inline void insertion_sort(typename Above<T>::Entry* entries, int64_t count) {
+  for (int64_t i = 1; i < count; ++i) {
+    const auto moving = entries[i];
+    int64_t j = i;
+    for (; j > 0 && entries[j - 1].key > moving.key; --j) entries[j] = entries[j - 1];
+    entries[j] = moving;
+  }
+}
+
+// The place of each entry: how many larger values there are, and equal ones before it.
+template <typename T>
+inline void counting_sort(Above<T>& above, const T* row, int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::size();
+  alignas(64) T values[kMaxCounting + kWidth];
+  const auto* entries = above.entries.data();
+  for (int64_t i = 0; i < count; ++i) values[i] = row[entries[i].index];
+  std::fill(values + count, values + count + kWidth, -std::numeric_limits<T>::infinity());
+  if (static_cast<int64_t>(above.spare.size()) < count) above.spare.resize(above.entries.size());
+  const V one(T(1));
+  for (int64_t i = 0; i < count; ++i) {
+    const V value(values[i]);
+    const int64_t own = i / kWidth * kWidth;
+    V before(T(0));
+    for (int64_t j = 0; j < own; j += kWidth) before = before + ((V::loadu(values + j) >= value) & one);
+    for (int64_t j = own; j < count; j += kWidth) before = before + ((V::loadu(values + j) > value) & one);
+    int64_t place = static_cast<int64_t>(sum_of(before));
+    for (int64_t j = own; j < i; ++j) place += values[j] == values[i];
+    above.spare[place] = entries[i];
+  }
+  above.entries.swap(above.spare);
+}
+
+template <typename T>
+inline void order(Above<T>& above, const T* row, int64_t count) {
   using Key = typename Above<T>::Key;
   using Entry = typename Above<T>::Entry;
+  if (count <= kMaxInsertion) return insertion_sort<T>(above.entries.data(), count);
+  if (count <= kMaxCounting) return counting_sort(above, row, count);
   Entry* entries = above.entries.data();
-  constexpr int64_t kInsertion = 24;  // below it, clearing and scanning the radix histograms costs more
-  if (count <= kInsertion) {
-    for (int64_t i = 1; i < count; ++i) {
-      const Entry moving = entries[i];
-      int64_t j = i;
-      for (; j > 0 && entries[j - 1].key > moving.key; --j) entries[j] = entries[j - 1];
-      entries[j] = moving;
-    }
-    return;
-  }
   Key low = entries[0].key, high = low;
   for (int64_t i = 1; i < count; ++i) {
     low = std::min(low, entries[i].key);
@@ -115,7 +144,7 @@ inline void order(Above<T>& above, int64_t count) {
 template <typename T>
 inline void rotate(Row<T>& row, Above<T>& above, int64_t rank) {
   const int64_t count = collect_above(row, above, rank);
-  order(above, count);
+  order(above, row.values, count);
   const auto* entries = above.entries.data();
   T* values = row.values;
   const T largest = values[entries[0].index];
@@ -125,14 +154,15 @@ inline void rotate(Row<T>& row, Above<T>& above, int64_t rank) {
   row.label_value = largest;
 }
 
+// The first of several largest is the one exchanged. NaN compares with nothing; the row's sums will tell.
 template <typename T>
 inline void swap_with_largest(Row<T>& row) {
-  int64_t top = 0;
-  while (!(row.values[top] == row.max_others)) ++top;
+  int64_t top = row.label;  // holds -infinity
+  for (int64_t i = 0; i < row.C; ++i)
+    if (row.values[i] > row.values[top]) top = i;
   std::swap(row.values[top], row.label_value);
-  T largest = -std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < row.C; ++i) largest = row.values[i] > largest ? row.values[i] : largest;
-  row.max_others = largest;
+  row.max_others = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < row.C; ++i) row.max_others = row.values[i] > row.max_others ? row.values[i] : row.max_others;
 }
 
 // `rank`: classes above the label. With rank 0 the teacher was right, and every correction leaves it alone.

@@ -61,21 +61,36 @@ inline Row<T> make_row(T* values, int64_t C, int64_t padded, int64_t label) {
   return row;
 }
 
+// f(i) for each vector of a row, two at a time where it is long: `f` gets an accumulator's number beside the offset, so that
+// one addition need not wait for the last.
+template <typename T, typename F>
+inline void for_vectors(int64_t padded, F&& f) {
+  constexpr int64_t kWidth = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= padded; i += 2 * kWidth) {
+    f(i, 0);
+    f(i + kWidth, 1);
+  }
+  if (i < padded) f(i, 0);
+}
+
 // The largest of the others in both rows, and how many of the teacher's are above the label.
 template <typename T>
 inline int64_t find_maxima_and_rank(Row<T>& student, Row<T>& teacher) {
   using V = Vec<T>;
-  V largest_s(student.max_others), largest_t(teacher.max_others), count(T(0));
+  V largest_s[2] = {V(student.max_others), V(student.max_others)};
+  V largest_t[2] = {V(teacher.max_others), V(teacher.max_others)};
+  V count[2] = {V(T(0)), V(T(0))};
   const V threshold(teacher.label_value), one(T(1));
-  for (int64_t i = 0; i < teacher.padded; i += V::size()) {
+  for_vectors<T>(teacher.padded, [&](int64_t i, int k) {
     const V t = V::loadu(teacher.values + i);
-    largest_s = at::vec::clamp_min(V::loadu(student.values + i), largest_s);
-    largest_t = at::vec::clamp_min(t, largest_t);
-    count = count + ((t > threshold) & one);
-  }
-  student.max_others = max_of(largest_s);
-  teacher.max_others = max_of(largest_t);
-  return static_cast<int64_t>(sum_of(count));
+    largest_s[k] = at::vec::clamp_min(V::loadu(student.values + i), largest_s[k]);
+    largest_t[k] = at::vec::clamp_min(t, largest_t[k]);
+    count[k] = count[k] + ((t > threshold) & one);
+  });
+  student.max_others = max_of(at::vec::clamp_min(largest_s[0], largest_s[1]));
+  teacher.max_others = max_of(at::vec::clamp_min(largest_t[0], largest_t[1]));
+  return static_cast<int64_t>(sum_of(count[0] + count[1]));
 }
 
 template <typename T>
@@ -91,32 +106,33 @@ struct Moments {
   T mean, std;
 };
 
-// Mean and unbiased standard deviation of a whole row, label included. Relative to the first value, so that a constant row
-// has a standard deviation of exactly 0.
+// Mean and unbiased standard deviation of whole rows, label included, two rows at once. The values are taken relative to the
+// row's first, so that a constant row has a standard deviation of exactly 0. The padding is set to that value meanwhile.
 template <typename T>
-inline Moments<T> moments_of(const T* values, int64_t C) {
+inline std::pair<Moments<T>, Moments<T>> moments_of(T* a, T* b, int64_t C, int64_t padded) {
   using V = Vec<T>;
-  const T origin = values[0];
-  const auto total = [&](auto&& term) {
-    V sum(T(0));
-    int64_t i = 0;
-    for (; i + V::size() <= C; i += V::size()) sum = sum + term(V::loadu(values + i));
-    T rest = sum_of(sum);
-    for (; i < C; ++i) {
-      alignas(64) T lane[V::size()];
-      term(V(values[i])).store(lane);
-      rest += lane[0];
-    }
-    return rest;
-  };
-  const V shift(origin);
-  const T offset = total([&](V x) { return x - shift; }) / static_cast<T>(C);
-  const V centre(offset);
-  const T squares = total([&](V x) {
-    const V d = x - shift - centre;
-    return d * d;
+  const T n = static_cast<T>(C), filled = static_cast<T>(padded - C);
+  std::fill(a + C, a + padded, a[0]);
+  std::fill(b + C, b + padded, b[0]);
+  const V shift_a(a[0]), shift_b(b[0]);
+  V sum_a[2] = {V(T(0)), V(T(0))}, sum_b[2] = {V(T(0)), V(T(0))};
+  for_vectors<T>(padded, [&](int64_t i, int k) {
+    sum_a[k] = sum_a[k] + (V::loadu(a + i) - shift_a);
+    sum_b[k] = sum_b[k] + (V::loadu(b + i) - shift_b);
   });
-  return {origin + offset, C > 1 ? std::sqrt(squares / static_cast<T>(C - 1)) : T(0)};
+  const T offset_a = sum_of(sum_a[0] + sum_a[1]) / n, offset_b = sum_of(sum_b[0] + sum_b[1]) / n;
+  const V centre_a(offset_a), centre_b(offset_b);
+  V squares_a[2] = {V(T(0)), V(T(0))}, squares_b[2] = {V(T(0)), V(T(0))};
+  for_vectors<T>(padded, [&](int64_t i, int k) {
+    const V d_a = V::loadu(a + i) - shift_a - centre_a, d_b = V::loadu(b + i) - shift_b - centre_b;
+    squares_a[k] = at::vec::fmadd(d_a, d_a, squares_a[k]);
+    squares_b[k] = at::vec::fmadd(d_b, d_b, squares_b[k]);
+  });
+  const auto deviation = [&](const V* squares, T offset) {
+    const T total = sum_of(squares[0] + squares[1]) - filled * offset * offset;
+    return C > 1 && total > T(0) ? std::sqrt(total / (n - T(1))) : total - total;  // 0, or NaN for a row with one
+  };
+  return {{a[0] + offset_a, deviation(squares_a, offset_a)}, {b[0] + offset_b, deviation(squares_b, offset_b)}};
 }
 
 // A row between the stages.
@@ -203,9 +219,10 @@ struct LossRows {
     row.temperature = static_cast<const T*>(args.temperature)[n * args.temperature_stride];
     T inverse_teacher = row.inverse = T(1) / row.temperature;
     if (options.standardize) {
-      row.of_student = moments_of(student, C);
-      row.inverse /= row.of_student.std + T(kStandardizeEps);
-      inverse_teacher /= moments_of(teacher, C).std + T(kStandardizeEps);
+      const auto [of_student, of_teacher] = moments_of(student, teacher, C, work.padded);
+      row.of_student = of_student;
+      row.inverse /= of_student.std + T(kStandardizeEps);
+      inverse_teacher /= of_teacher.std + T(kStandardizeEps);
     }
     row.student = make_row(student, C, work.padded, label);
     row.teacher = make_row(teacher, C, work.padded, label);

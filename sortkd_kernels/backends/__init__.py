@@ -36,11 +36,7 @@ class BackendState(NamedTuple):
 
 def available_backends() -> dict[str, BackendState]:
     """The state of each backend, by name. Starts no device and compiles nothing."""
-    return {
-        "native": _native_state(),
-        "triton": _triton_state(),
-        "reference": BackendState(True, ("any",), "PyTorch ops on any device"),
-    }
+    return dict(_STATES)
 
 
 def build_info() -> dict[str, Any]:
@@ -80,7 +76,7 @@ def _default(device: str) -> str:
 
 
 def _problem(name: str, device: str) -> str:
-    state = available_backends()[name]
+    state = _STATES[name]
     if not state.available:
         return state.reason
     if "any" not in state.devices and device not in state.devices:
@@ -96,10 +92,17 @@ def _native_state() -> BackendState:
     return BackendState(True, devices, f"CPU kernels for {info['cpu_capability']}")
 
 
-@functools.cache
 def _triton_state() -> BackendState:
     if importlib.util.find_spec("triton") is None:
         return BackendState(False, (), "triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return BackendState(True, ("cpu",), "under the Triton interpreter (TRITON_INTERPRET=1)")
     return BackendState(True, ("cuda",), "compiled by triton at the first call")
+
+
+# Fixed at import: triton reads its environment then too, and torch.compile can trace a constant.
+_STATES = {
+    "native": _native_state(),
+    "triton": _triton_state(),
+    "reference": BackendState(True, ("any",), "PyTorch ops on any device"),
+}
