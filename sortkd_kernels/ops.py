@@ -49,11 +49,12 @@ def reference_loss(
         standardized=standardize,
         ignore_index=ignore_index,
     )
-    reduced = [reduce_rows(x, rows, reduction, ignore_index, target.shape) for x in (kd, ce)]
-    loss = kd_weight * reduced[0]
-    if ce_weight:  # not with 0: the cross-entropy may be infinite
-        loss = loss + ce_weight * reduced[1]
-    return loss, reduced[0].detach(), reduced[1].detach(), rank.reshape(target.shape)
+    weighted = kd_weight * kd + ce_weight * ce if ce_weight else kd_weight * kd  # 0 * inf is not 0
+    # The parts have sums of their own: where a weight is 1, torch.compile would make loss and part one detached tensor.
+    loss, kd_part, ce_part = (
+        reduce_rows(x, rows, reduction, ignore_index, target.shape) for x in (weighted, kd.detach(), ce.detach())
+    )
+    return loss, kd_part, ce_part, rank.reshape(target.shape)
 
 
 def reduce_rows(values: Tensor, target: Tensor, reduction: int, ignore_index: int, shape: torch.Size) -> Tensor:
@@ -134,4 +135,19 @@ if backends.available_backends()["native"].available:
         return backends._C.sort_kd_loss(*arguments)
 
     LOSS["native"] = _native_loss
+
+if backends.available_backends()["triton"].available:
+    # Imported at the first call: triton takes half a second, which a CPU user never needs to spend.
+    def _triton_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from . import triton_ops
+
+        return triton_ops.loss(*arguments)
+
+    def _triton_sort_logits(*arguments: object) -> Tensor:
+        from . import triton_ops
+
+        return triton_ops.sort_logits(*arguments)
+
+    LOSS["triton"] = _triton_loss
+    SORT_LOGITS["triton"] = _triton_sort_logits
     SORT_LOGITS["native"] = torch.ops.sortkd_kernels.sort_logits.default

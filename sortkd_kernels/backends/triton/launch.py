@@ -1,0 +1,121 @@
+"""The launch choices of the Triton kernels, each with its reason. Nothing else in the backend holds such a number.
+
+No GPU has timed them: they follow from the register file and from the SASS that `python_tests/test_triton.py` compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Labels outside the classes are asserted on the device, as F.cross_entropy does. Triton's debug mode would also check
+# every integer addition for overflow, which the kernels do not want.
+DEVICE_ASSERT = {"debug": True, "sanitize_overflow": False}
+
+# The most classes of a row held in registers: 16384 values of both sides are half of an SM's register file. Doubles
+# take twice the room, and so do the further sums of a z-score or of a temperature's gradient (they spill at 16384).
+ON_CHIP_CLASSES = {torch.float32: 16384, torch.float64: 4096}
+
+# A rank that the row's own program settles, one reduction a step. Trained teachers stay below it on nearly all rows.
+SHALLOW_RANK = 8
+
+# A sorted run: 55 compare stages. The network of 4096 keys has 78, takes four times the code and three seconds to
+# compile, and merging is as cheap. The interpreter pays a millisecond of Python for each stage of each run.
+RUN = 64 if INTERPRETED else 1024
+
+# Rows that a block of the small kernels takes at a time.
+ROW_BLOCK = 1024
+
+# Rows of one launch where each has a run of scratch to itself: 32 MiB of keys.
+ROWS_A_LAUNCH = 4096
+
+# Scratch of a launch whose programs hold a whole row's keys: a row on each of 132 SMs up to C = 65536.
+SCRATCH_BYTES = 128 << 20
+
+
+class Tile(NamedTuple):
+    """Rows and (padded) classes of a program of `sort_kd_tile`, and its warps."""
+
+    rows: int
+    classes: int
+    num_warps: int
+
+
+class Stream(NamedTuple):
+    """A launch of `sort_kd_stream`: programs, keys for each of them in so many buffers, block, run, options."""
+
+    programs: int
+    capacity: int
+    buffers: int
+    block: int
+    run: int
+    stride_rows: bool
+    options: dict[str, int]
+
+
+class Span(NamedTuple):
+    """How row terms are summed: by ``programs`` programs of ``span`` rows each, then by one."""
+
+    programs: int
+    span: int
+
+
+def on_chip(C: int, work: torch.dtype, moments: bool) -> bool:
+    """Whether `sort_kd_tile` takes rows of C classes."""
+    return ON_CHIP_CLASSES[work] // (2 if moments else 1) >= C
+
+
+def tile(C: int, unit_stride: bool) -> Tile:
+    """The tile of `sort_kd_tile`.
+
+    A warp takes 512 values: 16 a lane keep both sides, their exponentials and the coefficients below 100 registers.
+    Rows whose classes are not neighbours in memory (``[N, C, H, W]``) need neighbouring rows in a tile, or each
+    32-byte sector is read for one value: 32 rows fill a line of 128 bytes.
+    """
+    classes = max(16, triton.next_power_of_2(C))
+    rows = max(1, 512 // classes)
+    if not unit_stride:
+        rows = max(rows, min(32, 16384 // classes))
+    # 16 warps at 16384 values: 32 a lane, since 32 warps would leave 64 registers and no second block on the SM.
+    return Tile(rows, classes, max(1, min(16, rows * classes // 512)))
+
+
+def stream(N: int, C: int, work: torch.dtype, every_rank: bool, top_k: bool, device: torch.device) -> Stream:
+    """A launch of `sort_kd_stream`; with ``every_rank`` its programs have room for all classes of a row.
+
+    Blocks of 2048 classes, 8 values a lane with 8 warps; at 4096 the compiler takes 200 registers, and one program has
+    an SM to itself with nothing to do while a block's loads are under way.
+    """
+    block = min(2048, max(64, triton.next_power_of_2(C)))
+    warps = max(1, block // 256)
+    capacity = C if every_rank else min(C, RUN)
+    buffers = (2 if capacity > RUN else 1) + (1 if work == torch.float64 else 0)
+    stride_rows = every_rank or top_k
+    programs = min(N, ROWS_A_LAUNCH)
+    if stride_rows:
+        program_bytes = 8 * capacity * buffers + (work.itemsize * C if top_k else 0)
+        programs = min(N, 32 // warps * _processors(device), max(1, SCRATCH_BYTES // program_bytes))
+    options = {"num_warps": warps}
+    if not stride_rows and torch.version.hip is None:
+        # Three programs on an SM in place of two, for a few cold spills in the sort.
+        options["maxnreg"] = 80
+    return Stream(programs, capacity, buffers, block, RUN, stride_rows, options)
+
+
+def reduction(N: int) -> Span:
+    """One program up to 8192 rows, a few microseconds of latency; else two stages, the first of at most 256 programs."""
+    if N <= 8 * ROW_BLOCK:
+        return Span(1, triton.cdiv(max(N, 1), ROW_BLOCK) * ROW_BLOCK)
+    span = triton.cdiv(triton.cdiv(N, 256), ROW_BLOCK) * ROW_BLOCK
+    return Span(triton.cdiv(N, span), span)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,94 @@
+"""The loss of rows that fit on chip: every logit is read once, and every gradient written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .epilogue import finish_row, gradient
+from .rotate import correct_in_registers
+from .rows import aligned, class_offset, read_factor, read_label, read_temperature, row_offset, value_at
+from .sums import LOG2E, tile_sums
+from .terms import z_score
+
+
+@triton.jit
+def spread(x, x_y, classes, C, T):
+    """Mean, ``1 / (eps + std)`` and std of each row of a tile."""
+    # Shifted by one of the row's own values, so that a constant row has a deviation of exactly 0.
+    d = tl.where(classes, x - x_y[:, None], 0.0)
+    mean = tl.sum(d, 1) / C
+    centred = tl.where(classes, d - mean[:, None], 0.0)
+    scale, deviation = z_score(tl.sum(centred * centred, 1), C, T)
+    return x_y + mean, scale, deviation
+
+
+@triton.jit
+def sort_kd_tile(
+    student, teacher, target, temperatures, grad_loss, count,
+    kd_rows, ce_rows, loss_rows, rank_rows, grad_student, grad_temperature,
+    N, C, INNER, student_outer, student_inner, student_class, teacher_outer, teacher_inner, teacher_class,
+    grad_outer, temperature_stride, grad_loss_stride, ignore_index,
+    temperature: tl.float64, kd_weight: tl.float64, alpha: tl.float64, beta: tl.float64, ce_weight: tl.float64,
+    CORRECTION: tl.constexpr, DECOUPLED: tl.constexpr, STANDARDIZE: tl.constexpr, LEARNED: tl.constexpr,
+    CE: tl.constexpr, POWER: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, WORK: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """R rows of up to B classes a program.
+
+    Rows that the sort correction finds with a rank over LIMIT are left to `sort_kd_stream`: only their rank is written.
+    """
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    inside = rows < N
+    label, counts = read_label(target, rows, inside, ignore_index, C)
+    T = read_temperature(temperatures, temperature_stride, temperature, rows, counts, WORK)
+    factor = read_factor(grad_loss, grad_loss_stride, count, rows, counts, WORK)
+
+    classes = tl.arange(0, B)[None, :]
+    held = counts[:, None] & (classes < aligned(C, ALIGN))
+    student += row_offset(rows, INNER, student_outer, student_inner, ALIGN)[:, None]
+    teacher += row_offset(rows, INNER, teacher_outer, teacher_inner, ALIGN)[:, None]
+    s = tl.load(student + class_offset(classes, student_class), mask=held, other=0).to(WORK)
+    t = tl.load(teacher + class_offset(classes, teacher_class), mask=held, other=0).to(WORK)
+    at_label = label[:, None]
+    s_y = value_at(student, label, student_class, counts, WORK)
+    t_y = value_at(teacher, label, teacher_class, counts, WORK)
+
+    a_s = LOG2E / T
+    a_t = a_s
+    mean = s_y
+    scale = T
+    deviation = T
+    if STANDARDIZE:
+        mean, scale, deviation = spread(s, s_y, held, C, T)
+        a_s = a_s * scale
+        _, t_scale, _ = spread(t, t_y, held, C, T)
+        a_t = a_t * t_scale
+
+    above = held & (t > t_y[:, None])
+    rank = tl.sum(above.to(tl.int32), 1)
+    done = inside
+    if CORRECTION == 1:
+        done = inside & (rank <= LIMIT)
+    t, t_y = correct_in_registers(t, classes, above, rank, t_y, CORRECTION, LIMIT)
+
+    others = held & (classes != at_label)
+    sums, e_s, e_t, e_1 = tile_sums(s, t, others, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
+    kd, ce, loss, by_temperature, coefficients = finish_row(
+        sums, s_y, t_y, a_s, a_t, T, mean, scale, deviation, factor, C, kd_weight, alpha, beta, ce_weight,
+        DECOUPLED, STANDARDIZE, LEARNED, CE,
+    )  # fmt: skip
+
+    tl.store(rank_rows + rows, rank, mask=inside)
+    tl.store(kd_rows + rows, kd, mask=done)
+    if CE:
+        tl.store(ce_rows + rows, ce, mask=done)
+    if loss_rows is not None:
+        tl.store(loss_rows + rows, loss, mask=done)
+    if LEARNED:
+        tl.store(grad_temperature + rows, by_temperature, mask=done)
+    if grad_student is not None:
+        g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE)
+        g = tl.where(classes == at_label, coefficients[3][:, None], g)
+        out = grad_student + row_offset(rows, INNER, grad_outer, 1, ALIGN)[:, None] + class_offset(classes, INNER)
+        tl.store(out, g.to(grad_student.dtype.element_ty), mask=done[:, None] & (classes < aligned(C, ALIGN)))

@@ -1,0 +1,111 @@
+"""The Triton backend as ops: the forward op that torch.compile keeps whole, and the autograd formula around it.
+
+The formula is that of `csrc/autograd.cpp`: the gradient is made in the forward pass and rescaled in the backward one, save
+for float16 students, whose small probabilities survive only with the scale multiplied in before the rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import triton as kernels
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("sortkd_kernels::sort_kd_forward_triton", mutates_args=())
+def sort_kd_forward(
+    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature_tensor: Tensor | None, temperature: float, correction: int, decoupled: bool, kd_weight: float,
+    alpha: float, beta: float, ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: int,
+    ignore_index: int, parts: bool, upstream: Tensor | None, with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, its parts, rank, and the gradients of student and temperature, empty without ``with_grad``."""
+    return kernels.loss_forward(
+        student, teacher, teacher_indices, target, temperature_tensor, temperature, correction, decoupled, kd_weight,
+        alpha, beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, upstream, with_grad,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sortkd_kernels::sort_logits_triton", mutates_args=())
+def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
+    """The corrected teacher alone."""
+    return kernels.sort_logits(teacher, target, correction, ignore_index)
+
+
+@sort_kd_forward.register_fake
+def _(student, teacher, teacher_indices, target, temperature_tensor, *config):  # noqa: ANN001, ANN002, ANN202
+    reduction, with_grad = config[10], config[-1]
+    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    shape = target.shape if reduction == 0 else ()
+    learned = with_grad and temperature_tensor is not None
+    return (
+        *(student.new_empty(shape, dtype=work) for _ in range(3)),
+        student.new_empty(target.shape, dtype=torch.int32),
+        student.new_empty(student.shape if with_grad else 0),
+        student.new_empty(target.shape if learned else 0, dtype=work),
+    )
+
+
+@sort_logits.register_fake
+def _(teacher, target, correction, ignore_index):  # noqa: ANN001, ANN202
+    return teacher.new_empty(teacher.shape)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, temperature_tensor: Tensor | None, tensors: tuple, config: tuple) -> Parts:
+        teacher, teacher_indices, target = tensors
+        ctx.config = config
+        ctx.in_backward = student.dtype == torch.float16 and ctx.needs_input_grad[0]
+        with_grad = any(ctx.needs_input_grad[:2]) and not ctx.in_backward
+        loss, kd, ce, rank, grad_student, grad_temperature = sort_kd_forward(
+            student, teacher, teacher_indices, target, temperature_tensor, *config, None, with_grad
+        )
+        if ctx.in_backward:
+            ctx.save_for_backward(student, temperature_tensor, teacher, teacher_indices, target)
+        else:
+            ctx.save_for_backward(grad_student, grad_temperature, temperature_tensor)
+        ctx.mark_non_differentiable(kd, ce, rank)
+        return loss, kd, ce, rank
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.in_backward:
+            student, temperature_tensor, teacher, teacher_indices, target = ctx.saved_tensors
+            grad_student, rows = sort_kd_forward(
+                student, teacher, teacher_indices, target, temperature_tensor, *ctx.config, upstream, True
+            )[4:]
+        else:
+            grad_student, rows, temperature_tensor = ctx.saved_tensors
+            if ctx.needs_input_grad[1]:
+                rows = rows * upstream
+            if ctx.needs_input_grad[0]:
+                grad_student = _scaled(grad_student, upstream, class_dim=ctx.config[9])
+        grad_temperature = None
+        if ctx.needs_input_grad[1]:
+            rows = rows if temperature_tensor.dim() else rows.sum()
+            grad_temperature = rows.to(temperature_tensor.dtype)
+        return grad_student if ctx.needs_input_grad[0] else None, grad_temperature, None, None
+
+
+def _scaled(grad: Tensor, upstream: Tensor, class_dim: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        factor = upstream.unsqueeze(class_dim % grad.dim()) if upstream.dim() else upstream
+        return (grad * factor).to(grad.dtype)
+    # Unless the graph is kept, nobody reads the buffer again.
+    buffer = grad.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else grad
+    return kernels.scale_gradient(buffer, upstream, class_dim)
+
+
+def loss(
+    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature_tensor: Tensor | None,
+    *config: Any,
+) -> Parts:  # fmt: skip
+    """A loss op of :mod:`sortkd_kernels.ops`; the permission to write in place, last in ``config``, is not used."""
+    return _Loss.apply(student, temperature_tensor, (teacher, teacher_indices, target), config[:-1])
