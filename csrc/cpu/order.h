@@ -32,6 +32,7 @@ struct Row {
 // Measured where the next method overtakes: half of the entries' moves mispredict, and a radix pass clears and scans 256 bins.
 constexpr int64_t kMaxInsertion = 12;
 constexpr int64_t kMaxCounting = 192;
+constexpr int kDigit = 9;
 
 // An order-preserving unsigned image of a float: larger value, smaller key.
 inline uint32_t descending_key(float x) {
@@ -69,11 +70,10 @@ inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
   for (int64_t i = 0; i < row.padded && count < rank; i += V::size()) {
     const V hit = (V::loadu(row.values + i) > threshold) & V(T(1));
     if (hit.zero_mask() == (1 << V::size()) - 1) continue;
+    // No branch on a class: with the label in the middle it would be a coin toss for each.
     for (int64_t j = i; j < i + V::size(); ++j) {
-      const T value = row.values[j];
-      out[count].key = descending_key(value);
-      out[count].index = static_cast<int32_t>(j);
-      count += value > row.label_value;
+      out[count] = {descending_key(row.values[j]), static_cast<int32_t>(j)};
+      count += row.values[j] > row.label_value;
     }
   }
   return count;
@@ -126,15 +126,24 @@ inline void order(Above<T>& above, const T* row, int64_t count) {
     high = std::max(high, entries[i].key);
   }
   if (static_cast<int64_t>(above.spare.size()) < count) above.spare.resize(above.entries.size());
+  // As few passes as digits of at most kDigit bits allow, and then digits no wider than they need: every bin is scanned.
+  int bits = 0;
+  while (bits < static_cast<int>(sizeof(Key)) * 8 && ((high - low) >> bits) != 0) ++bits;
+  const int passes = (bits + kDigit - 1) / kDigit;
+  const int digit = passes ? (bits + passes - 1) / passes : 0;
+  const Key mask = (Key(1) << digit) - 1;
+  constexpr int kPasses = (static_cast<int>(sizeof(Key)) * 8 + kDigit - 1) / kDigit;
+  uint32_t starts[kPasses][1 << kDigit];
+  for (int pass = 0; pass < passes; ++pass) std::fill(starts[pass], starts[pass] + mask + 1, 0);
+  for (int64_t i = 0; i < count; ++i)
+    for (int pass = 0; pass < passes; ++pass) ++starts[pass][((entries[i].key - low) >> (pass * digit)) & mask];
   Entry* from = entries;
   Entry* to = above.spare.data();
-  const Key range = high - low;
-  for (int shift = 0; shift < static_cast<int>(sizeof(Key)) * 8 && (range >> shift) != 0; shift += 8) {
-    uint32_t start[256] = {};
-    for (int64_t i = 0; i < count; ++i) ++start[((from[i].key - low) >> shift) & 255];
+  for (int pass = 0; pass < passes; ++pass) {
+    uint32_t* start = starts[pass];
     uint32_t sum = 0;
-    for (uint32_t& bin : start) sum += std::exchange(bin, sum);
-    for (int64_t i = 0; i < count; ++i) to[start[((from[i].key - low) >> shift) & 255]++] = from[i];
+    for (Key bin = 0; bin <= mask; ++bin) sum += std::exchange(start[bin], sum);
+    for (int64_t i = 0; i < count; ++i) to[start[((from[i].key - low) >> (pass * digit)) & mask]++] = from[i];
     std::swap(from, to);
   }
   if (from != entries) above.entries.swap(above.spare);
