@@ -135,6 +135,7 @@ if backends.available_backends()["native"].available:
         return backends._C.sort_kd_loss(*arguments)
 
     LOSS["native"] = _native_loss
+    SORT_LOGITS["native"] = torch.ops.sortkd_kernels.sort_logits.default
 
 if backends.available_backends()["triton"].available:
     # Imported at the first call: triton takes half a second, which a CPU user never needs to spend.
@@ -150,4 +151,3 @@ if backends.available_backends()["triton"].available:
 
     LOSS["triton"] = _triton_loss
     SORT_LOGITS["triton"] = _triton_sort_logits
-    SORT_LOGITS["native"] = torch.ops.sortkd_kernels.sort_logits.default
