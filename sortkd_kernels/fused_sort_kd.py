@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import backends, checks, ops
@@ -237,8 +238,8 @@ def _loss(
     checks.check_choice(fn, "correction", correction, _CORRECTION)
     checks.check_choice(fn, "reduction", reduction, _REDUCTION)
     checks.check_ignore_index(fn, ignore_index)
-    op = ops.LOSS[backends.choose(fn, backend, student.device)]
-    output = op(
+    table = ops.LOSS_IN_GRAPH if torch.compiler.is_compiling() else ops.LOSS
+    output = table[backends.choose(fn, backend, student.device)](
         student, teacher, teacher_indices, target, temperature if learned else None, 1.0 if learned else temperature,
         _CORRECTION[correction], decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail, class_dim,
         _REDUCTION[reduction], ignore_index, return_parts, inplace,

@@ -90,6 +90,7 @@ def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, igno
 
 
 LOSS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference_loss}
+LOSS_IN_GRAPH = dict(LOSS)
 SORT_LOGITS: dict[str, Callable[..., Tensor]] = {"reference": reference_sort_logits}
 
 
@@ -128,13 +129,9 @@ if backends.available_backends()["native"].available:
         )
     )
 
-    def _native_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The op; outside of a graph without the dispatcher's argument parser."""
-        if torch.compiler.is_compiling():
-            return torch.ops.sortkd_kernels.sort_kd_loss.default(*arguments)
-        return backends._C.sort_kd_loss(*arguments)
-
-    LOSS["native"] = _native_loss
+    # The op for a graph; outside of one the same without the dispatcher's argument parser.
+    LOSS_IN_GRAPH["native"] = torch.ops.sortkd_kernels.sort_kd_loss.default
+    LOSS["native"] = backends.extension().sort_kd_loss
     SORT_LOGITS["native"] = torch.ops.sortkd_kernels.sort_logits.default
 
 if backends.available_backends()["triton"].available:
@@ -149,5 +146,5 @@ if backends.available_backends()["triton"].available:
 
         return triton_ops.sort_logits(*arguments)
 
-    LOSS["triton"] = _triton_loss
+    LOSS["triton"] = LOSS_IN_GRAPH["triton"] = _triton_loss
     SORT_LOGITS["triton"] = _triton_sort_logits

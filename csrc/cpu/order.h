@@ -13,21 +13,10 @@
 #include <vector>
 
 #include "../launch.h"
-#include "simd.h"
+#include "row.h"
 
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
-
-// A row as the kernels hold it: C values in arithmetic type, then -infinity to a multiple of the vector; the label's own
-// value is taken out (-infinity in its place) so that sums and maxima run over the other classes.
-template <typename T>
-struct Row {
-  T* values;
-  int64_t C, padded;
-  int64_t label;
-  T label_value;
-  T max_others;
-};
 
 // Measured where the next method overtakes: half of the entries' moves mispredict, and a radix pass clears and scans 256 bins.
 constexpr int64_t kMaxInsertion = 12;
@@ -67,15 +56,19 @@ inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
   auto* out = above.entries.data();
   int64_t count = 0;
   const V threshold(row.label_value);
-  for (int64_t i = 0; i < row.padded && count < rank; i += V::size()) {
-    const V hit = (V::loadu(row.values + i) > threshold) & V(T(1));
-    if (hit.zero_mask() == (1 << V::size()) - 1) continue;
-    // No branch on a class: with the label in the middle it would be a coin toss for each.
-    for (int64_t j = i; j < i + V::size(); ++j) {
-      out[count] = {descending_key(row.values[j]), static_cast<int32_t>(j)};
-      count += row.values[j] > row.label_value;
+  // No branch on a class: with the label in the middle it would be a coin toss for each.
+  const auto collect = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      out[count] = {descending_key(row.logits[j]), static_cast<int32_t>(j)};
+      count += row.logits[j] > row.label_value;
     }
+  };
+  int64_t i = 0;
+  for (; i + V::size() <= row.C && count < rank; i += V::size()) {
+    const V hit = (V::loadu(row.logits + i) > threshold) & V(T(1));
+    if (hit.zero_mask() != (1 << V::size()) - 1) collect(i, i + V::size());
   }
+  if (count < rank) collect(i, row.C);
   return count;
 }
 
@@ -151,37 +144,36 @@ inline void order(Above<T>& above, const T* row, int64_t count) {
 
 // The label takes the largest value, each class above it the next lower one.
 template <typename T>
-inline void rotate(Row<T>& row, Above<T>& above, int64_t rank) {
+inline void rotate(const Row<T>& row, T* corrected, Above<T>& above, int64_t rank) {
   const int64_t count = collect_above(row, above, rank);
-  order(above, row.values, count);
+  order(above, row.logits, count);
   const auto* entries = above.entries.data();
-  T* values = row.values;
-  const T largest = values[entries[0].index];
-  for (int64_t k = 0; k + 1 < count; ++k) values[entries[k].index] = values[entries[k + 1].index];
-  values[entries[count - 1].index] = row.label_value;
-  row.max_others = values[entries[0].index];
-  row.label_value = largest;
+  corrected[row.label] = row.logits[entries[0].index];
+  T next = row.label_value;
+  for (int64_t k = count - 1; k >= 0; --k) next = std::exchange(corrected[entries[k].index], next);
 }
 
 // The first of several largest is the one exchanged. NaN compares with nothing; the row's sums will tell.
 template <typename T>
-inline void swap_with_largest(Row<T>& row) {
-  int64_t top = row.label;  // holds -infinity
+inline void swap_with_largest(const Row<T>& row, T* corrected) {
+  int64_t top = row.label;
   for (int64_t i = 0; i < row.C; ++i)
-    if (row.values[i] > row.values[top]) top = i;
-  std::swap(row.values[top], row.label_value);
-  row.max_others = -std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < row.C; ++i) row.max_others = row.values[i] > row.max_others ? row.values[i] : row.max_others;
+    if (corrected[i] > corrected[top] || (corrected[i] == corrected[top] && i < top)) top = i;
+  std::swap(corrected[top], corrected[row.label]);
 }
 
-// `rank`: classes above the label. With rank 0 the teacher was right, and every correction leaves it alone.
+// The row after the correction: itself with rank 0, for then the teacher was right; else a copy in `scratch`, which may be
+// where the row already is.
 template <typename T>
-inline void correct(Row<T>& row, Above<T>& above, Correction correction, int64_t rank) {
+inline void correct(Row<T>& row, T* scratch, Above<T>& above, Correction correction, int64_t rank) {
   if (rank == 0 || correction == Correction::None) return;
+  if (row.logits != scratch) std::copy(row.logits, row.logits + row.C, scratch);
   if (correction == Correction::Sort)
-    rotate(row, above, rank);
+    rotate(row, scratch, above, rank);
   else
-    swap_with_largest(row);
+    swap_with_largest(row, scratch);
+  row.logits = scratch;
+  row.label_value = scratch[row.label];
 }
 
 }  // namespace CPU_CAPABILITY

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "../row_math.h"
@@ -44,22 +45,22 @@ constexpr bool keeps_v = plain == Plain::Own || moments;
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2e = 1.44269504088896340736;
 
-// Replaces both rows by their exponentials, in place, and returns their sums. `v_row` receives the student's v.
+// Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums. `v_row`
+// receives the student's v.
 template <typename T, Plain plain, bool moments>
-inline RowSums<T> exponentiate(Row<T>& student, Row<T>& teacher, T* v_row, const Exponents<T>& scale,
+inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, T* v_row, const Exponents<T>& scale,
                                const NextRow& next) {
   using V = Vec<T>;
-  // A maximum of -infinity has nothing to be relative to, and would turn -infinity into NaN.
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const T max_s = student.max_others == kLowest ? T(0) : student.max_others;
-  const T max_t = teacher.max_others == kLowest ? T(0) : teacher.max_others;
-  const V shift_s(max_s), shift_t(max_t), scale_s(scale.student), scale_t(scale.teacher);
+  const int64_t C = student.C;
+  const V scale_s(scale.student), scale_t(scale.teacher);
+  // Rounded once, the shift is the same for every class, the label too, and drops out of every ratio.
+  const V shift_s(-student.reference * scale.student), shift_t(-teacher.reference * scale.teacher);
   V total_s(T(0)), total_t(T(0)), total_cross(T(0)), total_plain(T(0));
   V moment_s(T(0)), moment_t(T(0)), moment_cross(T(0));
   // Sums of short blocks first: a running sum over 10^5 terms would lose five digits.
   constexpr int64_t kBlock = 64 * V::size();
-  for (int64_t block = 0; block < student.padded; block += kBlock) {
-    const int64_t end = std::min(block + kBlock, student.padded);
+  for (int64_t block = 0; block < C; block += kBlock) {
+    const int64_t end = std::min(block + kBlock, C);
     V sum_s(T(0)), sum_t(T(0)), sum_cross(T(0)), sum_plain(T(0));
     V sum_ms(T(0)), sum_mt(T(0)), sum_mc(T(0));
     for (int64_t i = block; i < end; i += V::size()) {
@@ -67,22 +68,21 @@ inline RowSums<T> exponentiate(Row<T>& student, Row<T>& teacher, T* v_row, const
         prefetch(next.student + i * next.student_bytes);
         prefetch(next.teacher + i * next.teacher_bytes);
       }
-      const V v_s = (V::loadu(student.values + i) - shift_s) * scale_s;
-      const V v_t = (V::loadu(teacher.values + i) - shift_t) * scale_t;
+      const V v_s = at::vec::fmadd(load_others(student.logits, i, C, student.label), scale_s, shift_s);
+      const V v_t = at::vec::fmadd(load_others(teacher.logits, i, C, teacher.label), scale_t, shift_t);
       const V e_s = exp2(v_s), e_t = exp2(v_t);
-      const V gap = v_t - v_s;
-      e_s.store(student.values + i);
-      e_t.store(teacher.values + i);
+      e_s.store(student.exps + i);
+      e_t.store(teacher.exps + i);
       sum_s = sum_s + e_s;
       sum_t = sum_t + e_t;
-      const V cross = mul_nonzero(e_t, gap);
-      sum_cross = sum_cross + cross;
+      const V gap = v_t - v_s;
+      sum_cross = add_nonzero(sum_cross, e_t, gap);
       if constexpr (keeps_v<T, plain, moments>) v_s.store(v_row + i);
       if constexpr (plain != Plain::None) sum_plain = sum_plain + plain_exp<plain>(e_s, v_s, scale.plain);
       if constexpr (moments) {
-        sum_ms = sum_ms + mul_nonzero(e_s, v_s);
-        sum_mt = sum_mt + mul_nonzero(e_t, v_t);
-        sum_mc = sum_mc + mul_nonzero(cross, v_t);
+        sum_ms = add_nonzero(sum_ms, e_s, v_s);
+        sum_mt = add_nonzero(sum_mt, e_t, v_t);
+        sum_mc = add_nonzero(sum_mc, e_t, gap * v_t);
       }
     }
     total_s = total_s + sum_s;
@@ -98,11 +98,11 @@ inline RowSums<T> exponentiate(Row<T>& student, Row<T>& teacher, T* v_row, const
   sums.z_student = sum_of(total_s);
   sums.z_teacher = sum_of(total_t);
   sums.cross = sum_of(total_cross) * ln2;
-  sums.v_label_student = (student.label_value - max_s) * scale.student * ln2;
-  sums.v_label_teacher = (teacher.label_value - max_t) * scale.teacher * ln2;
+  sums.v_label_student = std::fma(student.label_value, scale.student, -student.reference * scale.student) * ln2;
+  sums.v_label_teacher = std::fma(teacher.label_value, scale.teacher, -teacher.reference * scale.teacher) * ln2;
   if constexpr (plain != Plain::None) {
     sums.z_plain = sum_of(total_plain);
-    sums.v_label_plain = student.label_value - max_s;
+    sums.v_label_plain = sums.v_label_student * scale.plain;
   }
   if constexpr (moments) {
     sums.moment_student = sum_of(moment_s) * ln2;
@@ -110,6 +110,34 @@ inline RowSums<T> exponentiate(Row<T>& student, Row<T>& teacher, T* v_row, const
     sums.moment_cross = sum_of(moment_cross) * (ln2 * ln2);
   }
   return sums;
+}
+
+// A sum of exponentials far enough from both ends of the range that nothing in it overflowed, and that what was too small
+// to be represented is below its rounding.
+template <typename T>
+inline bool well_scaled(T z) {
+  return z > static_cast<T>(0x1p-80) && z < static_cast<T>(0x1p100);
+}
+
+// Exponentials relative to the label's own logits first, which need no search for a maximum: a label is seldom e^55 away from
+// the rest. Where it is, or is infinite, or where sums of squares want small terms (`centred`), relative to the maxima.
+template <typename T, Plain plain, bool moments>
+inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, T* v_row, const Exponents<T>& scale, const NextRow& next,
+                           bool centred) {
+  if (!centred && std::isfinite(student.label_value) && std::isfinite(teacher.label_value)) {
+    student.reference = student.label_value;
+    teacher.reference = teacher.label_value;
+    const RowSums<T> sums = exponentiate<T, plain, moments>(student, teacher, v_row, scale, next);
+    if (well_scaled(sums.z_student) && well_scaled(sums.z_teacher) && (plain == Plain::None || well_scaled(sums.z_plain)))
+      return sums;
+  }
+  // A maximum of -infinity has nothing to be relative to, and would turn -infinity into NaN.
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  for (Row<T>* row : {&student, &teacher}) {
+    row->reference = max_of_others(*row);
+    if (row->reference == kLowest) row->reference = T(0);
+  }
+  return exponentiate<T, plain, moments>(student, teacher, v_row, scale, next);
 }
 
 // grad[i] = on_student e_s - on_teacher e_t + on_plain e_1 - along (v_s - v_mean), and the label's entry on its own.
@@ -126,10 +154,10 @@ inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const T
   using V = Vec<T>;
   const V on_student(c.on_student), on_teacher(c.on_teacher), on_plain(c.on_plain), along(c.along), v_mean(c.v_mean);
   const auto at = [&](int64_t i) {
-    const V e_s = V::loadu(student.values + i);
+    const V e_s = V::loadu(student.exps + i);
     V v;
     if constexpr (keeps_v<T, plain, moments>) v = V::loadu(v_row + i);
-    V g = e_s * on_student - V::loadu(teacher.values + i) * on_teacher;
+    V g = e_s * on_student - V::loadu(teacher.exps + i) * on_teacher;
     if constexpr (plain != Plain::None) g = at::vec::fmadd(plain_exp<plain>(e_s, v, c.plain), on_plain, g);
     if constexpr (moments) g = g - along * (v - v_mean);
     return g;

@@ -19,14 +19,16 @@ inline void prefetch(const T* address) {
 #endif
 }
 
-// 2^x, exactly 0 below the normal range, NaN for NaN. Degree-5 minimax polynomial on [-1/2, 1/2] among those
-// that are exactly 1 at 0, relative error 1.7e-7 with its roundings; x is at most a few hundred, being relative to a maximum.
+// 2^x, exactly 0 far below the normal range, NaN for NaN. Degree-5 minimax polynomial on [-1/2, 1/2] among those that are
+// exactly 1 at 0, relative error 1.7e-7 with its roundings; beyond the range it is huge or inf.
 inline Vec<float> exp2(Vec<float> x) {
-  // clamp_min returns its first operand when that is NaN, which maximum() would pay two more instructions for.
-  x = at::vec::clamp_min(x, Vec<float>(-127.0f));
 #if defined(CPU_CAPABILITY_AVX512)
+  // clamp_min returns its first operand when that is NaN. 2^-160 rounds to 0; -infinity itself would turn into NaN below.
+  x = at::vec::clamp_min(x, Vec<float>(-160.0f));
   const Vec<float> n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  // From 2^-127 down the exponent's bits below are 0, and so is the result.
+  x = at::vec::clamp_max(at::vec::clamp_min(x, Vec<float>(-127.0f)), Vec<float>(127.0f));
   // Adding 1.5 * 2^23 rounds to an integer and leaves it, biased, in the low bits: no conversion instruction is needed.
   const Vec<float> shifted = x + Vec<float>(12582912.0f + 127.0f);
   const Vec<float> n = shifted - Vec<float>(12582912.0f + 127.0f);
@@ -39,8 +41,7 @@ inline Vec<float> exp2(Vec<float> x) {
   y = at::vec::fmadd(y, f, Vec<float>(6.93146992e-1f));
   y = at::vec::fmadd(y, f, Vec<float>(1.0f));
 #if defined(CPU_CAPABILITY_AVX512)
-  // n = -127 must give 0, not a denormal: the sums never meet one, and "p = 0" is exact.
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NEQ_UQ), y, n);
+  return _mm512_scalef_ps(y, n);
 #elif defined(CPU_CAPABILITY_AVX2)
   return y * Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
 #else
@@ -58,15 +59,15 @@ inline Vec<float> exp2(Vec<float> x) {
 
 inline Vec<double> exp2(Vec<double> x) { return x.exp2(); }
 
-// e * d, and 0 where e is 0 whatever d is: a class of probability 0 contributes nothing, at infinity too.
+// sum + e * d, and `sum` where e is 0 whatever d is: a class of probability 0 contributes nothing, at infinity too.
 template <typename T>
-inline Vec<T> mul_nonzero(Vec<T> e, Vec<T> d) {
-  return (e * d) & (e != Vec<T>(T(0)));
+inline Vec<T> add_nonzero(Vec<T> sum, Vec<T> e, Vec<T> d) {
+  return sum + ((e * d) & (e != Vec<T>(T(0))));
 }
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
-inline Vec<float> mul_nonzero(Vec<float> e, Vec<float> d) {
-  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ), e, d);
+inline Vec<float> add_nonzero(Vec<float> sum, Vec<float> e, Vec<float> d) {
+  return _mm512_mask3_fmadd_ps(e, d, sum, _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ));
 }
 #endif
 

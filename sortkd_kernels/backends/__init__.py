@@ -44,6 +44,11 @@ def build_info() -> dict[str, Any]:
     return {} if _C is None else _C.build_info()
 
 
+def extension() -> Any:
+    """The compiled module; only where ``native`` is available."""
+    return _C
+
+
 def choose(fn: str, backend: str | None, device: torch.device) -> str:
     """The backend of one call: ``backend`` by name, which never falls back, or the device's default.
 

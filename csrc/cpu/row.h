@@ -1,0 +1,119 @@
+// A row of logits as the kernels see it, and the ways of walking over it a vector at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "simd.h"
+
+namespace sortkd {
+inline namespace CPU_CAPABILITY {
+
+template <typename T>
+struct Row {
+  const T* logits;  // [C], in the caller's memory or in scratch
+  T* exps;          // scratch of C values, padded to whole vectors
+  int64_t C;
+  int64_t label;
+  T label_value;
+  T reference;  // exponentials are taken relative to this logit
+};
+
+// The vector at `i` of a row, `fill` beyond its end.
+template <typename T>
+inline Vec<T> load_filled(const T* row, int64_t i, int64_t C, T fill) {
+  const int64_t count = C - i;
+  if (count >= Vec<T>::size()) return Vec<T>::loadu(row + i);
+  return Vec<T>::set(Vec<T>(fill), Vec<T>::loadu(row + i, static_cast<int>(count)), count);
+}
+
+// The same with the label's own logit taken out: sums and maxima run over the other classes, -infinity adding nothing.
+template <typename T>
+inline Vec<T> load_others(const T* row, int64_t i, int64_t C, int64_t label) {
+  const Vec<T> lowest(-std::numeric_limits<T>::infinity());
+  if (i != label / Vec<T>::size() * Vec<T>::size()) return load_filled(row, i, C, -std::numeric_limits<T>::infinity());
+  return Vec<T>::blendv(load_filled(row, i, C, -std::numeric_limits<T>::infinity()), lowest,
+                        Vec<T>::arange(T(0), T(1)) == Vec<T>(static_cast<T>(label - i)));
+}
+
+// f(offset, accumulator) for every vector of a row. Two accumulators, so that one addition need not wait for the last.
+template <typename T, typename F>
+inline void for_vectors(int64_t C, F&& f) {
+  constexpr int64_t kWidth = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= C; i += 2 * kWidth) {
+    f(i, 0);
+    f(i + kWidth, 1);
+  }
+  for (; i < C; i += kWidth) f(i, 0);
+}
+
+// How many classes are above the label.
+template <typename T>
+inline int64_t rank_of(const Row<T>& row) {
+  using V = Vec<T>;
+  V count[2] = {V(T(0)), V(T(0))};
+  const V threshold(row.label_value), one(T(1));
+  const int64_t whole = row.C / V::size() * V::size();
+  for_vectors<T>(whole, [&](int64_t i, int k) { count[k] = count[k] + ((V::loadu(row.logits + i) > threshold) & one); });
+  int64_t rank = static_cast<int64_t>(sum_of(count[0] + count[1]));
+  for (int64_t i = whole; i < row.C; ++i) rank += row.logits[i] > row.label_value;
+  return rank;
+}
+
+// The largest of the others.
+template <typename T>
+inline T max_of_others(const Row<T>& row) {
+  using V = Vec<T>;
+  V largest(-std::numeric_limits<T>::infinity());
+  for_vectors<T>(row.C, [&](int64_t i, int) {
+    largest = at::vec::clamp_min(load_others(row.logits, i, row.C, row.label), largest);
+  });
+  return max_of(largest);
+}
+
+template <typename T>
+inline bool has_nan(const T* row, int64_t C) {
+  using V = Vec<T>;
+  V seen(T(0));
+  for_vectors<T>(C, [&](int64_t i, int) { seen = seen + (load_filled(row, i, C, T(0)).isnan() & V(T(1))); });
+  return sum_of(seen) > T(0);
+}
+
+template <typename T>
+struct Moments {
+  T mean, std;
+};
+
+// Mean and unbiased standard deviation of two rows at once. The values are taken relative to the row's first, so that a
+// constant row has a standard deviation of exactly 0.
+template <typename T>
+inline std::pair<Moments<T>, Moments<T>> moments_of(const T* a, const T* b, int64_t C) {
+  using V = Vec<T>;
+  const T n = static_cast<T>(C), filled = static_cast<T>((V::size() - C % V::size()) % V::size());
+  const int64_t whole = C / V::size() * V::size();
+  const auto load = [&](const T* row, int64_t i) { return i < whole ? V::loadu(row + i) : load_filled(row, i, C, row[0]); };
+  const V shift_a(a[0]), shift_b(b[0]);
+  V sum_a[2] = {V(T(0)), V(T(0))}, sum_b[2] = {V(T(0)), V(T(0))};
+  for_vectors<T>(C, [&](int64_t i, int k) {
+    sum_a[k] = sum_a[k] + (load(a, i) - shift_a);
+    sum_b[k] = sum_b[k] + (load(b, i) - shift_b);
+  });
+  const T offset_a = sum_of(sum_a[0] + sum_a[1]) / n, offset_b = sum_of(sum_b[0] + sum_b[1]) / n;
+  const V centre_a(offset_a), centre_b(offset_b);
+  V squares_a[2] = {V(T(0)), V(T(0))}, squares_b[2] = {V(T(0)), V(T(0))};
+  for_vectors<T>(C, [&](int64_t i, int k) {
+    const V d_a = load(a, i) - shift_a - centre_a, d_b = load(b, i) - shift_b - centre_b;
+    squares_a[k] = at::vec::fmadd(d_a, d_a, squares_a[k]);
+    squares_b[k] = at::vec::fmadd(d_b, d_b, squares_b[k]);
+  });
+  const auto deviation = [&](const V* squares, T offset) {
+    const T total = sum_of(squares[0] + squares[1]) - filled * offset * offset;  // the filling's own share
+    return C > 1 && total > T(0) ? std::sqrt(total / (n - T(1))) : total - total;  // 0, or NaN for a row with one
+  };
+  return {{a[0] + offset_a, deviation(squares_a, offset_a)}, {b[0] + offset_b, deviation(squares_b, offset_b)}};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace sortkd
