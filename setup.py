@@ -14,8 +14,8 @@ SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/cpu/dispatch.cpp", "csrc/c
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("SORTKD_SANITIZE") == "1"
 
-# The row loop is built for each of these; the one that fits the processor is chosen at run time. ATen's vectors read the
-# two macros; the flags are the ones that ATen's own kernels are built with.
+# The row loop is built for each of these; the one that fits the processor is chosen at run time. ATen's vectors read
+# the two macros; the flags are the ones that ATen's own kernels are built with.
 CAPABILITIES: dict[str, list[str]] = {"DEFAULT": []}
 if X86:
     CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -83,7 +83,7 @@ def extension_arguments() -> dict[str, object]:
 
 def say_missing(reason: str) -> None:
     """The install goes on without the extension; the package then runs on triton or the reference."""
-    print(
+    print(  # noqa: T201 - pip shows it with -v, and always where a build fails
         f"\nsortkd_kernels: the compiled extension was not built ({reason}).\n"
         "The package works without it, on the `triton` or the `reference` backend; for the fast CPU kernels install a "
         "C++20 compiler and install again.\n",

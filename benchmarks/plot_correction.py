@@ -1,6 +1,6 @@
 """Draws what each correction does to one teacher row: the picture in the README.
 
-    python benchmarks/plot_correction.py
+python benchmarks/plot_correction.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from sortkd_kernels import sort_logits
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 CLASSES = ("cat", "dog", "fox", "wolf", "deer", "lynx")
 LOGITS = (2.9, 4.8, 4.1, 3.4, 0.8, 1.9)
@@ -27,7 +27,9 @@ def main() -> None:
     titles = {"none": "teacher: wrong, cat is 4th", "sort": 'correction="sort"', "swap": 'correction="swap"'}
     for axis, (correction, title) in zip(axes, titles.items(), strict=True):
         values = sort_logits(teacher, torch.tensor(LABEL), correction=correction)
-        bars = axis.bar(CLASSES, values, color=["tab:orange" if i == LABEL else "tab:blue" for i in range(len(CLASSES))])
+        bars = axis.bar(
+            CLASSES, values, color=["tab:orange" if i == LABEL else "tab:blue" for i in range(len(CLASSES))]
+        )
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
         for bar, moved in zip(bars, values != teacher, strict=True):
             bar.set(edgecolor="black", linewidth=1.5 if moved else 0)

@@ -1,4 +1,4 @@
-"""Sort-KD (arXiv 2508.16544) as one fused kernel: the teacher corrected by the label, and the loss with its gradient."""
+"""Sort-KD (arXiv 2508.16544) as one fused kernel: the teacher corrected by the label, the loss and its gradient."""
 
 from .backends import BackendState, available_backends, build_info
 from .fused_sort_kd import SortKDOutput, fused_sort_dkd, fused_sort_kd, fused_sort_kd_topk, sort_logits

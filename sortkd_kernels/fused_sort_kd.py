@@ -13,7 +13,9 @@ from torch import Tensor
 from . import backends, checks, ops
 
 _CORRECTION = {name: code for code, name in enumerate(checks.CORRECTIONS)}
-_REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {"batchmean": checks.REDUCTIONS.index("mean")}
+_REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {
+    "batchmean": checks.REDUCTIONS.index("mean")
+}
 
 
 class SortKDOutput(NamedTuple):
@@ -146,7 +148,7 @@ def fused_sort_kd_topk(
     backend: str | None = None,
     return_parts: bool = False,
 ) -> Tensor | SortKDOutput:
-    r"""Sort-KD from a teacher served as its top ``k`` classes a row; the teacher's memory is ``k`` values a row, not ``C``.
+    r"""Sort-KD from a teacher served as its top ``k`` classes: the teacher's memory is ``k`` values a row, not ``C``.
 
     The k values and indices stand for a full row of ``C`` logits, and the loss is exactly :func:`fused_sort_kd` of that
     row; with ``k = C`` they are the same call. What the absent classes hold is ``tail``:

@@ -85,7 +85,7 @@ class LearnedTemperature(nn.Module):
 
     The gradient that reaches ``theta`` is multiplied by ``lambda(epoch)``, which falls from 0 to -1 along a cosine over
     the first ``epochs`` epochs: the temperature learns to make the task harder, at first not at all. ``theta`` is an
-    ordinary parameter: put it into the student's optimizer, and into the module that DDP wraps so that it is synchronised.
+    ordinary parameter: put it into the student's optimizer, and into the module that DDP wraps so that it is in step.
 
     Args:
         start, end: the range of the temperature, ``(start, start + end)``.

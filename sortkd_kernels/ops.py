@@ -2,7 +2,8 @@
 
 Signature of a loss op (the C++ schema in `csrc/ops.cpp` is the same):
 `(student, teacher, teacher_indices, target, temperature_tensor, temperature, correction, decoupled, kd_weight, alpha,
-beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, inplace) -> (loss, kd, ce, rank)`.
+beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, inplace)
+-> (loss, kd, ce, rank)`.
 """
 
 from __future__ import annotations

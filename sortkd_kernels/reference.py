@@ -6,16 +6,17 @@ whatever float dtype it is given; nothing is shared with the kernels.
 
 The correction (:func:`sort_logits`)
 ------------------------------------
-One row: teacher logits ``t`` of ``C`` classes, label ``y``. Order the classes by logit, descending, with the label moved
-to the front; order the values, descending; hand the k-th value to the k-th class.
+One row: teacher logits ``t`` of ``C`` classes, label ``y``. Order the classes by logit, descending, with the label
+moved to the front; order the values, descending; hand the k-th value to the k-th class.
 
 *Why the kernels need no sort.* Let ``A = {i : t_i > t_y}`` and ``r = |A|``, the rank of the label. In the order of the
 values, A fills the places ``0 .. r-1`` and the label place ``r`` (a class that ties with the label is not in A, and is
 not moved in front of it either: both the label and its ties hold the same value). Moving the label to the front shifts
 each class of A one place down and leaves all others where they were. So ``t'`` is ``t`` with its top ``r + 1`` values
 rotated by one: the label takes the maximum, each class of A takes the next lower value of ``A + {y}``, and every other
-class keeps its own. With ``r = 0`` nothing moves. ``t'`` is a permutation of ``t``, so its maximum, logsumexp and entropy
-are those of ``t``; and since ranks survive an increasing map, the correction commutes with temperature and z-score.
+class keeps its own. With ``r = 0`` nothing moves. ``t'`` is a permutation of ``t``, so its maximum, logsumexp and
+entropy are those of ``t``; and since ranks survive an increasing map, the correction commutes with temperature
+and z-score.
 
 The losses of a row
 -------------------
@@ -28,11 +29,11 @@ first replaced by ``(x - mean) / (1e-7 + std)`` over the classes, ``std`` with `
 * CE   ``= -log softmax(s)_y``, on the student's own logits.
 
 *The gradient.* ``d log q_j / d u_i = [i = j] - q_i`` and ``sum_j p_j = 1``, so ``d KL / d u = q - p`` and, with
-``d u / d s = 1/T``, ``d KD / d s = T (q - p)``. For DKD, with ``q^ = q_i / (1 - q_y)`` and ``p^`` alike over ``i != y``:
+``d u / d s = 1/T``, ``d KD / d s = T (q - p)``. For DKD, with ``q^ = q_i / (1 - q_y)`` and ``p^`` alike, ``i != y``:
 ``d DKD / d s_y = alpha T (q_y - p_y)`` and ``d DKD / d s_i = T ((beta - alpha (q_y - p_y)) q^_i - beta p^_i)``.
 
-Pinned rules: ties among teacher logits rank the lower class index first; NaN anywhere in a row makes that row NaN and no
-other; a row whose target is ``ignore_index`` has loss 0, gradient 0 and does not count in the mean.
+Pinned rules: ties among teacher logits rank the lower class index first; NaN anywhere in a row makes that row NaN and
+no other; a row whose target is ``ignore_index`` has loss 0, gradient 0 and does not count in the mean.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def kd_rows(student: Tensor, corrected: Tensor, temperature: Tensor) -> Tensor:
     return temperature**2 * _kl(_log_softmax(corrected, temperature), _log_softmax(student, temperature))
 
 
-def dkd_rows(student: Tensor, corrected: Tensor, target: Tensor, temperature: Tensor, alpha: float, beta: float) -> Tensor:
+def dkd_rows(
+    student: Tensor, corrected: Tensor, target: Tensor, temperature: Tensor, alpha: float, beta: float
+) -> Tensor:
     """``alpha TCKD + beta NCKD`` of each row, ``[N]`` (DKD, equation 7), in log space throughout."""
     log_p, log_q = _log_softmax(corrected, temperature), _log_softmax(student, temperature)
     label = F.one_hot(target, student.shape[-1]).bool()
@@ -158,10 +161,9 @@ def densify_top_k(values: Tensor, indices: Tensor, classes: int, uniform_tail: b
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    # -inf stays -inf at any temperature; divided, it would put 0 * inf into the temperature's gradient.
-    never = logits == -torch.inf
-    scaled = torch.where(never, 0.0, logits) / temperature.unsqueeze(-1)
-    return F.log_softmax(scaled.masked_fill(never, -torch.inf), -1)
+    # -inf stays -inf at any temperature; differentiated by it, the quotient would give 0 * inf.
+    t, never = temperature.unsqueeze(-1), logits == -torch.inf
+    return F.log_softmax(torch.where(never, logits / t.detach(), torch.where(never, 0.0, logits) / t), -1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The Triton backend as ops: the forward op that torch.compile keeps whole, and the autograd formula around it.
 
-The formula is that of `csrc/autograd.cpp`: the gradient is made in the forward pass and rescaled in the backward one, save
-for float16 students, whose small probabilities survive only with the scale multiplied in before the rounding.
+The formula is that of `csrc/autograd.cpp`: the gradient is made in the forward pass and rescaled in the backward one,
+save for float16 students, whose small probabilities survive only with the scale multiplied in before the rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def sort_kd_forward(
     """Loss, its parts, rank, and the gradients of student and temperature, empty without ``with_grad``."""
     return kernels.loss_forward(
         student, teacher, teacher_indices, target, temperature_tensor, temperature, correction, decoupled, kd_weight,
-        alpha, beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, upstream, with_grad,
+        alpha, beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, upstream,
+        with_grad,
     )  # fmt: skip
 
 

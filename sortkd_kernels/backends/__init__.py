@@ -73,8 +73,8 @@ def _default(device: str) -> str:
         if not _problem(name, device) and not (name == "triton" and device == "cpu"):
             return name
     warnings.warn(
-        f"sortkd_kernels: no compiled backend for {device} ({_problem('native', device)}); using the PyTorch reference, "
-        "which is correct and slow",
+        f"sortkd_kernels: no compiled backend for {device} ({_problem('native', device)}); using the PyTorch "
+        "reference, which is correct and slow",
         stacklevel=4,
     )
     return "reference"

@@ -1,12 +1,22 @@
-"""The Triton backend: the same algorithm as the native kernels, for CUDA and ROCm, and for CPU tensors when interpreted.
+"""The Triton backend: the native kernels' algorithm for CUDA and ROCm, and for CPU tensors under Triton's interpreter.
 
-    loss.py      the loss and its gradient: shapes, pointers, launches      logits.py   the corrected teacher alone
-    tile.py      rows that fit on chip                                      stream.py   rows that do not, and low labels
-    rotate.py    the correction in registers                                order.py    the correction by sorting
-    sums.py      the sums of a row                                          terms.py    from sums to loss terms
-    rows.py      the beginning of a row                                     epilogue.py its end
-    dense.py     a top-k teacher's row                                      reduce.py   from rows to scalars
-    layout.py    tensors as rows, by strides                                launch.py   every launch choice, with its reason
+| file          | concept                                                         |
+|---------------|-----------------------------------------------------------------|
+| `loss.py`     | the loss and its gradient: shapes, pointers, launches           |
+| `logits.py`   | the corrected teacher alone                                     |
+| `tile.py`     | rows that fit on chip                                           |
+| `stream.py`   | rows that do not, and rows whose label ranks low                |
+| `rotate.py`   | the correction in registers, for small ranks                    |
+| `order.py`    | the correction by sorting, for all others                       |
+| `sums.py`     | the sums of a row                                               |
+| `terms.py`    | from sums to loss terms and the coefficients of the gradient    |
+| `rows.py`     | the beginning of a row: addresses, label, temperature, weight   |
+| `epilogue.py` | the end of a row: weights, gradient                             |
+| `dense.py`    | a top-k teacher's row                                           |
+| `reduce.py`   | from rows to scalars, and the gradient's rescaling              |
+| `layout.py`   | tensors as rows, by strides                                     |
+| `launch.py`   | every launch choice, with its reason                            |
+| `offline.py`  | what the compiler makes of each launch, on a machine without GPU |
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """A top-k teacher's row, written out in a program's scratch memory: from there on it is a row like any other.
 
 The label may lie outside the k classes, and it may rank anywhere among values that nobody promised to be the largest

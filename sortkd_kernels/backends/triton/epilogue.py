@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The end of a row: weigh its terms, store its scalars, and give each class its gradient."""
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ def finish_row(
     slope = tl.zeros_like(kd)
     weight = factor * kd_weight
     if STANDARDIZE:
-        # d z_i / d s_j = ([i = j] - 1/C) / (eps + std) - z_i z_j / ((C - 1) std); the gradient at z sums to 0.
+        # dz_i/ds_j = ([i = j] - 1/C) / (eps + std) - z_i z_j / ((C - 1) std); the gradient at z sums to 0.
         along = T * LN2 * (g_s * sums[6] - g_t * sums[7] + g_y * x_s)
         spread = deviation * tl.maximum(C - 1, 1).to(T.dtype)
         slope = tl.where(deviation == 0, 0.0, weight * scale * along / spread)
         weight = weight * scale
     ce_weight = factor * ce_weight
-    coefficients = (
-        weight * g_s, weight * g_t, ce_weight * g_1, weight * g_y + ce_weight * g_1y - slope * (s_y - mean), slope, mean,
-    )  # fmt: skip
+    at_label = weight * g_y + ce_weight * g_1y - slope * (s_y - mean)
+    coefficients = (weight * g_s, weight * g_t, ce_weight * g_1, at_label, slope, mean)
     return kd, ce, loss, factor * kd_weight * by_temperature, coefficients
 
 

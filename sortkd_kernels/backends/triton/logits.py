@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The corrected teacher alone: every value copied once, those of the classes above the label moved by one."""
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from . import launch
 from .layout import alignment, as_rows, check_labels
 from .loss import NONE, WORK
 from .order import collect, corrected_above, put_in_order
-from .rows import aligned, class_offset, read_label, row_offset, value_at
+from .rows import aligned, class_offset, read_label, value_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "first_row"])
 def sort_kd_logits(
     teacher, target, corrected, rank_rows, N, C, teacher_outer, teacher_class, ignore_index,
     scratch, capacity, first_row,
@@ -39,7 +40,7 @@ def sort_kd_logits(
             wanted = tl.sum(tl.load(rank_rows + rows), 0) > FLOOR
         if wanted:
             label, counts = read_label(target, rows, rows < N, ignore_index, C)
-            t_row = teacher + row_offset(rows, 1, teacher_outer, 1, ALIGN)[:, None]
+            t_row = teacher + (rows.to(tl.int64) * aligned(teacher_outer, ALIGN))[:, None]
             t_y = value_at(t_row, label, teacher_class, counts, WORK)
             ranked = tl.sum(tl.zeros_like(label), 0)
             broken = ranked
@@ -65,7 +66,7 @@ def sort_kd_logits(
                     order = keys + put_in_order(keys, ranked, t_row, teacher_class, capacity, RUN, MERGE, WORK)
                     first = tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF
                     t_new = value_at(t_row, first, teacher_class, counts, WORK)
-                out = corrected + row_offset(rows, 1, C, 1, ALIGN)[:, None]
+                out = corrected + (rows.to(tl.int64) * C)[:, None]
                 for start in range(0, C, B):
                     classes = start + tl.arange(0, B)[None, :]
                     held = classes < C
@@ -84,6 +85,7 @@ def sort_kd_logits(
             tl.debug_barrier()
 
 
+@launch.on_device_of_first
 def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
     """:func:`sortkd_kernels.reference.correct_logits` along the last dimension, in a new contiguous tensor.
 
@@ -93,7 +95,7 @@ def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: 
         correction: 0 none, 1 sort, 2 swap.
     """
     N, C, device = target.numel(), teacher.shape[-1], teacher.device
-    check_labels(target, C, ignore_index)
+    check_labels("target", target, C, ignore_index)
     work = torch.float64 if teacher.dtype == torch.float64 else torch.float32
     t, target = as_rows(teacher, -1), target.contiguous()
     corrected = torch.empty(teacher.shape, dtype=teacher.dtype, device=device)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .layout import alignment, as_rows, check_labels, inner_size
+from .layout import alignment, as_rows, check_labels, gradient_like, inner_size
 from .reduce import sort_kd_count, sort_kd_reduce, sort_kd_scale
 from .stream import sort_kd_stream
 from .tile import sort_kd_tile
@@ -20,6 +20,7 @@ ROWS, SUM, MEAN = range(3)
 WORK = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+@launch.on_device_of_first
 def loss_forward(
     student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
     temperature_tensor: Tensor | None, temperature: float, correction: int, decoupled: bool, kd_weight: float,
@@ -43,13 +44,14 @@ def loss_forward(
         ``grad_temperature`` has one value a row, in ``target``'s shape.
     """
     N, C, device = target.numel(), student.shape[class_dim], student.device
-    check_labels(target, C, ignore_index)
+    top_k = teacher_indices is not None
+    check_labels("target", target, C, ignore_index)
+    if top_k:
+        check_labels("teacher_indices", teacher_indices, C)
     work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     with_ce = parts or ce_weight != 0
     learned = with_grad and temperature_tensor is not None
-    target, inner = target.contiguous(), inner_size(student, class_dim)
-    top_k = teacher_indices is not None
-    s, t = as_rows(student, class_dim), as_rows(teacher.contiguous() if top_k else teacher, class_dim)
+    target = target.contiguous()
 
     def new(shape: Any, dtype: torch.dtype = work) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -57,33 +59,42 @@ def loss_forward(
     kd_rows, ce_rows = new(target.shape), new(target.shape)
     rank = new(target.shape, torch.int32)
     loss_rows = new(target.shape) if reduction == ROWS else None
-    grad_student = new(student.shape if with_grad else 0, student.dtype)
+    grad_student = gradient_like(student, class_dim) if with_grad else new(0, student.dtype)
     grad_temperature = new(target.shape if learned else 0)
     count = _count(target, ignore_index) if reduction == MEAN else None
 
+    inner = inner_size(student, class_dim)
+    s, t = as_rows(student, class_dim), as_rows(teacher.contiguous() if top_k else teacher, class_dim)
+    g = as_rows(grad_student, class_dim) if with_grad else s
+    if inner == 1 and s.classes != 1:  # a matrix in columns: its rows are neighbours as those of [N, C, H, W] are
+        inner, s, t, g = N, s.turned(), t.turned(), g.turned()
     arguments = (
         s.data, t.data, target, None if temperature_tensor is None else temperature_tensor.contiguous(),
         None if grad_loss is None else grad_loss.contiguous(), count,
         kd_rows, ce_rows, loss_rows, rank, grad_student if with_grad else None, grad_temperature,
-        N, C, inner, s.outer, s.inner, s.classes, t.outer, t.inner, t.classes, C * inner,
+        N, C, inner, s.outer, s.inner, s.classes, t.outer, t.inner, t.classes,
+        g.outer, g.inner, g.classes,
         _row_stride(temperature_tensor), _row_stride(grad_loss), ignore_index,
         float(temperature), float(kd_weight), float(alpha), float(beta), float(ce_weight),
     )  # fmt: skip
     flags = {
         "CORRECTION": correction, "DECOUPLED": decoupled, "STANDARDIZE": standardize, "LEARNED": learned,
         "CE": with_ce, "POWER": 0 if temperature_tensor is not None or standardize else _power(temperature),
-        "ALIGN": alignment(C, s.outer, C if top_k else t.outer), "WORK": WORK[work], **launch.DEVICE_ASSERT,
+        "ALIGN": alignment(C, s.outer, C if top_k else t.outer, g.outer), "WORK": WORK[work], **launch.DEVICE_ASSERT,
     }  # fmt: skip
     on_chip = not top_k and launch.on_chip(C, work, standardize or learned)
     if N and on_chip:
-        tile = launch.tile(C, s.classes == 1 and t.classes == 1)
-        sort_kd_tile[(triton.cdiv(N, tile.rows),)](
-            *arguments, **flags, LIMIT=launch.SHALLOW_RANK, R=tile.rows, B=tile.classes, num_warps=tile.num_warps
-        )
+        neighbours = s.classes != 1
+        tile = launch.tile(C, neighbours)
+        programs = N // inner * triton.cdiv(inner, tile.rows) if neighbours else triton.cdiv(N, tile.rows)
+        sort_kd_tile[(programs,)](
+            *arguments, 0, **flags, LIMIT=launch.SHALLOW_RANK, NEIGHBOURS=neighbours,
+            R=tile.rows, B=tile.classes, num_warps=tile.num_warps,
+        )  # fmt: skip
     settled = launch.SHALLOW_RANK if on_chip else launch.RUN
     # What a launch leaves to the next: ranks over its limit, which no label can have where the classes are few. A tile
     # swaps at any rank.
-    leftovers = C - 1 > settled and (correction == SORT or correction == SWAP and not on_chip)
+    leftovers = settled < C - 1 and (correction == SORT or (correction == SWAP and not on_chip))
     for floor in ([] if on_chip else [-1]) + ([settled] if leftovers else []) if N else []:
         plan = launch.stream(N, C, work, floor >= 0, top_k, device)
         scratch = new(plan.programs * plan.capacity * plan.buffers if correction != NONE else 0, torch.int64)
@@ -102,15 +113,18 @@ def loss_forward(
     return loss, kd, ce, rank, grad_student, grad_temperature
 
 
+@launch.on_device_of_first
 def scale_gradient(grad_student: Tensor, grad_loss: Tensor, class_dim: int) -> Tensor:
     """Multiply a gradient in place by a scalar or by one value a row; a scalar 1 costs no memory traffic.
 
     Args:
-        grad_student: a gradient that :func:`loss_forward` made; contiguous.
+        grad_student: a gradient that :func:`loss_forward` made, in its layout.
         grad_loss: 0-d, or one value a row, of the target's shape.
         class_dim: the dimension of the classes.
     """
     total, inner = grad_student.numel(), inner_size(grad_student, class_dim)
+    if grad_student.stride(class_dim) == 1:
+        inner = 1  # class after class, so row after row
     if total:
         work = torch.float64 if grad_student.dtype == torch.float64 else torch.float32
         block = 4 * launch.ROW_BLOCK

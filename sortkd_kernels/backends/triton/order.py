@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The classes above a label, put in order in a program's scratch memory.
 
 For ranks too large to walk one reduction at a time. Only the classes above the label are touched: they are collected
@@ -13,10 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import launch
+
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 LOW = tl.constexpr(0xFFFFFFFF)
-# Up to this many keys are sorted at once by a smaller network: most ranks are small.
-SMALL_RUN = tl.constexpr(64)
+SMALL_RUN = tl.constexpr(launch.SMALL_RUN)
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def put_in_order(keys, n, teacher, teacher_class, capacity, RUN: tl.constexpr, M
     ``keys`` has room for one buffer of ``capacity``, one more for MERGE and one more for float64.
     """
     at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, RUN, MERGE)
-    if WORK == tl.float64:
+    if tl.float64 == WORK:
         # Least significant half done. Now the upper half, with the place in the order so far in the class's stead.
         names = keys + (2 if MERGE else 1) * capacity
         for start in range(0, n, RUN):

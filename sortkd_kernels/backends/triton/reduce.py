@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The small kernels around the rows: count them, reduce their terms, and rescale a gradient.
 
 Float sums run in a fixed order, so repeated runs agree bit for bit; only the integer count uses atomics.
@@ -8,8 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows import rounded
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def sort_kd_count(target, count, N, ignore_index, BLOCK: tl.constexpr):
     """Add the rows of one block that count to ``count``."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -17,7 +20,7 @@ def sort_kd_count(target, count, N, ignore_index, BLOCK: tl.constexpr):
     tl.atomic_add(count, tl.sum(((rows < N) & (label != ignore_index)).to(tl.int32), 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "SPAN"])
 def sort_kd_reduce(
     kd, ce, count, kd_sums, ce_sums, loss, N, SPAN, kd_weight: tl.float64, ce_weight: tl.float64,
     CE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,8 +67,8 @@ def sort_kd_scale(
         factor = tl.load(grad_loss).to(WORK)
         if factor != 1:
             g = tl.load(grad_student + index, mask=inside)
-            tl.store(grad_student + index, (g.to(WORK) * factor).to(g.dtype), mask=inside)
+            tl.store(grad_student + index, rounded(g.to(WORK) * factor, g.dtype), mask=inside)
     else:
         factor = tl.load(grad_loss + (index // span * INNER + index % INNER), mask=inside, other=0).to(WORK)
         g = tl.load(grad_student + index, mask=inside)
-        tl.store(grad_student + index, (g.to(WORK) * factor).to(g.dtype), mask=inside)
+        tl.store(grad_student + index, rounded(g.to(WORK) * factor, g.dtype), mask=inside)

@@ -1,8 +1,9 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The correction of a teacher's row in registers, where few classes stand above the label.
 
-The corrected row is the row with its top ``rank + 1`` values rotated by one (`reference.py` has the proof). Walking down
-the order (value descending, index ascending) needs one reduction a step, and for the ranks of a trained teacher that is
-a handful; `order.py` has the method for the others.
+The corrected row is the row with its top ``rank + 1`` values rotated by one (`reference.py` has the proof). Walking
+down the order (value descending, index ascending) needs one reduction a step, and for the ranks of a trained teacher
+that is a handful; `order.py` has the method for the others.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def correct_in_registers(t, classes, above, rank, t_y, CORRECTION: tl.constexpr,
             holder = tl.where(more, index, holder)
             left = left & (classes != holder[:, None])
         t = tl.where(classes == holder[:, None], t_y[:, None], t)
-    if CORRECTION == 2:
+    if CORRECTION == 2:  # noqa: SIM102 - this one is the compiler's to decide, the next the device's
         if tl.max(rank, 0) > 0:
             value, index = tl.max(tl.where(above, t, -INFINITY), 1, return_indices=True)
             top = tl.where(rank > 0, value, t_y)

@@ -1,13 +1,18 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """What every row kernel does first: find a row in memory, and read its label, temperature and weight.
 
-Row ``r`` of logits ``[outer, C, inner]`` is ``(r // INNER, :, r % INNER)``, which is the order of the flattened target; a
-plain ``[N, C]`` has ``INNER = 1``. Offsets are 64-bit: ``N * C`` passes 2**31 at 16384 x 131072.
+Row ``r`` of logits ``[outer, C, inner]`` is ``(r // INNER, :, r % INNER)``, which is the order of the flattened target;
+a plain ``[N, C]`` has ``INNER = 1``. Offsets are 64-bit: ``N * C`` passes 2**31 at 16384 x 131072.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from . import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -21,10 +26,9 @@ def aligned(x, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def row_offset(rows, INNER, stride_outer, stride_inner, ALIGN: tl.constexpr):
+def row_offset(outer, inner, stride_outer, stride_inner, ALIGN: tl.constexpr):
     """Where each row starts, in elements."""
-    outer = (rows // INNER).to(tl.int64) * aligned(stride_outer, ALIGN)
-    return outer + (rows % INNER).to(tl.int64) * stride_inner
+    return outer.to(tl.int64) * aligned(stride_outer, ALIGN) + inner.to(tl.int64) * stride_inner
 
 
 @triton.jit
@@ -70,3 +74,14 @@ def value_at(row, label, stride_class, known, WORK: tl.constexpr):
     """Each row's logit of its label, 0 where the row does not count; ``row`` is ``[R, 1]``."""
     at = row + class_offset(label[:, None], stride_class)
     return tl.sum(tl.load(at, mask=known[:, None], other=0).to(WORK), 1)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in another float dtype, rounded to nearest as the hardware does."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter would truncate. After this the value is a bfloat16's already.
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The loss of rows that do not fit on chip, and of rows whose label ranks too low for `tile.py`.
 
 A row streams by twice: once for its sums and the classes above its label, once for its gradient (and once before, for
@@ -13,14 +14,14 @@ import triton.language as tl
 from .dense import densify
 from .epilogue import finish_row, gradient
 from .order import collect, corrected_above, put_in_order
-from .rows import aligned, class_offset, read_factor, read_label, read_temperature, row_offset, value_at
+from .rows import aligned, class_offset, read_factor, read_label, read_temperature, rounded, row_offset, value_at
 from .sums import LOG2E, exponentials, finite_or_zero, merged, no_sums, tile_sums
 from .terms import z_score
 
 
 @triton.jit
 def spread_of_row(x, x_y, C, stride_class, T, WORK: tl.constexpr, B: tl.constexpr):
-    """Mean, ``1 / (eps + std)`` and std of a row, block by block (Chan's update, shifted by one of the row's values)."""
+    """Mean, ``1 / (eps + std)`` and std of a row, block by block: Chan's update, shifted by one of its values."""
     mean = tl.zeros_like(x_y)
     m2 = mean
     for start in range(0, C, B):
@@ -38,12 +39,12 @@ def spread_of_row(x, x_y, C, stride_class, T, WORK: tl.constexpr, B: tl.constexp
     return x_y + mean, scale, deviation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "K", "first_row"])
 def sort_kd_stream(
     student, teacher, target, temperatures, grad_loss, count,
     kd_rows, ce_rows, loss_rows, rank_rows, grad_student, grad_temperature,
     N, C, INNER, student_outer, student_inner, student_class, teacher_outer, teacher_inner, teacher_class,
-    grad_outer, temperature_stride, grad_loss_stride, ignore_index,
+    grad_outer, grad_inner, grad_class, temperature_stride, grad_loss_stride, ignore_index,
     temperature: tl.float64, kd_weight: tl.float64, alpha: tl.float64, beta: tl.float64, ce_weight: tl.float64,
     scratch, capacity, teacher_indices, dense, K, first_row,
     CORRECTION: tl.constexpr, DECOUPLED: tl.constexpr, STANDARDIZE: tl.constexpr, LEARNED: tl.constexpr,
@@ -53,8 +54,9 @@ def sort_kd_stream(
 ):  # fmt: skip
     """One row at a time, B classes at a time.
 
-    With FLOOR < 0 every row; a row with more than ``capacity`` classes above its label gets its rank only. Else the rows
-    that an earlier launch left: those whose stored rank is over FLOOR. ``teacher_indices`` makes the teacher a top-K one.
+    With FLOOR < 0 every row; one with more than ``capacity`` classes above its label gets its rank only. Else the rows
+    that an earlier launch left: those whose stored rank is over FLOOR. With ``teacher_indices`` the teacher is a top-K
+    one, written out in ``dense``.
     """
     C = aligned(C, ALIGN)
     program = tl.program_id(0)
@@ -73,16 +75,18 @@ def sort_kd_stream(
         if FLOOR >= 0:
             wanted = tl.sum(tl.load(rank_rows + rows), 0) > FLOOR
         if wanted:
+            outer = rows // INNER
+            inner = rows % INNER
             label, counts = read_label(target, rows, rows < N, ignore_index, C)
             T = read_temperature(temperatures, temperature_stride, temperature, rows, counts, WORK)
             # A row that does not count holds no class.
             live = tl.sum(counts.to(tl.int32), 0) * C
-            s_row = student + row_offset(rows, INNER, student_outer, student_inner, ALIGN)[:, None]
+            s_row = student + row_offset(outer, inner, student_outer, student_inner, ALIGN)[:, None]
             if teacher_indices is None:
-                t_row = teacher + row_offset(rows, INNER, teacher_outer, teacher_inner, ALIGN)[:, None]
+                t_row = teacher + row_offset(outer, inner, teacher_outer, teacher_inner, ALIGN)[:, None]
                 t_class = teacher_class
             else:
-                top = row_offset(rows, INNER, teacher_outer, teacher_inner, 1)[:, None]
+                top = row_offset(outer, inner, teacher_outer, teacher_inner, 1)[:, None]
                 t_row = dense + program.to(tl.int64) * C + tl.zeros([1, 1], tl.int32)
                 t_class = 1
                 densify(teacher + top, teacher_indices + top, teacher_class, K, t_row, C, live, UNIFORM, WORK, B)
@@ -98,7 +102,7 @@ def sort_kd_stream(
             if STANDARDIZE:
                 mean, scale, deviation = spread_of_row(s_row, s_y, live, student_class, T, WORK, B)
                 a_s = a_s * scale
-                _, t_scale, _ = spread_of_row(t_row, t_y, live, t_class, T, WORK, B)
+                _mean, t_scale, _deviation = spread_of_row(t_row, t_y, live, t_class, T, WORK, B)
                 a_t = a_t * t_scale
 
             sums = no_sums(T)
@@ -115,7 +119,7 @@ def sort_kd_stream(
                     others = others & (above == 0)
                     if found > 0:
                         collect(keys, t, classes, above, rank, capacity)
-                block, _, _, _ = tile_sums(s, t, others, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
+                block, _e_s, _e_t, _e_1 = tile_sums(s, t, others, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
                 sums = merged(sums, block, a_s, a_t)
                 rank += found
             if FLOOR < 0:
@@ -136,7 +140,7 @@ def sort_kd_stream(
                         order, start, ranked, t_row, t_class, t_y, CORRECTION, WORK, RUN
                     )
                     s = tl.load(s_row + class_offset(classes, student_class), mask=inside, other=0).to(WORK)
-                    block, _, _, _ = tile_sums(s, t, inside, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
+                    block, _e_s, _e_t, _e_1 = tile_sums(s, t, inside, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
                     sums = merged(sums, block, a_s, a_t)
 
                 factor = read_factor(grad_loss, grad_loss_stride, count, rows, counts, WORK)
@@ -155,18 +159,18 @@ def sort_kd_stream(
                 if grad_student is not None:
                     m_s = finite_or_zero(sums[0])
                     m_t = finite_or_zero(sums[1])
-                    out = grad_student + row_offset(rows, INNER, grad_outer, 1, ALIGN)[:, None]
+                    out = grad_student + row_offset(outer, inner, grad_outer, grad_inner, ALIGN)[:, None]
                     for start in range(0, C, B):
                         classes = start + tl.arange(0, B)[None, :]
                         held = classes < live
                         s = tl.load(s_row + class_offset(classes, student_class), mask=held, other=0).to(WORK)
                         t = tl.load(t_row + class_offset(classes, t_class), mask=held, other=0).to(WORK)
                         others = held & (classes != at_label)
-                        _, _, e_s, e_t, e_1 = exponentials(s, t, others, m_s, m_t, a_s, a_t, CE, POWER)
+                        _x_s, _x_t, e_s, e_t, e_1 = exponentials(s, t, others, m_s, m_t, a_s, a_t, CE, POWER)
                         g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE)
                         g = tl.where(classes == at_label, coefficients[3][:, None], g)
-                        g = g.to(grad_student.dtype.element_ty)
-                        tl.store(out + class_offset(classes, INNER), g, mask=classes < C)
+                        g = rounded(g, grad_student.dtype.element_ty)
+                        tl.store(out + class_offset(classes, grad_class), g, mask=classes < C)
                     # The classes above the label hold an uncorrected gradient so far: a mask on the values would have
                     # split each 128-bit store of the loop above into scalars.
                     tl.debug_barrier()
@@ -175,8 +179,9 @@ def sort_kd_stream(
                             order, start, ranked, t_row, t_class, t_y, CORRECTION, WORK, RUN
                         )
                         s = tl.load(s_row + class_offset(classes, student_class), mask=inside, other=0).to(WORK)
-                        _, _, e_s, e_t, e_1 = exponentials(s, t, inside, m_s, m_t, a_s, a_t, CE, POWER)
-                        g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE).to(grad_student.dtype.element_ty)
-                        tl.store(out + class_offset(classes, INNER), g, mask=inside)
+                        _x_s, _x_t, e_s, e_t, e_1 = exponentials(s, t, inside, m_s, m_t, a_s, a_t, CE, POWER)
+                        g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE)
+                        g = rounded(g, grad_student.dtype.element_ty)
+                        tl.store(out + class_offset(classes, grad_class), g, mask=inside)
             # The program's next row overwrites its scratch.
             tl.debug_barrier()

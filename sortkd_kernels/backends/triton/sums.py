@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The sums of a row: everything that the losses and their gradients need to know about the classes without the label.
 
 Leaving the label out keeps its log odds exact when it holds nearly all of the probability, where ``1 - q_y`` taken from
@@ -28,11 +29,8 @@ def finite_or_zero(m):
 def exponentials(s, t, classes, m_s, m_t, a_s, a_t, CE: tl.constexpr, POWER: tl.constexpr):
     """``(x_s, x_t, e_s, e_t, e_1)`` of a tile, 0 outside ``classes``."""
     d_s = tl.where(classes, s - m_s[:, None], -INFINITY)
-    d_t = tl.where(classes, t - m_t[:, None], -INFINITY)
     x_s = d_s * a_s[:, None]
-    x_t = d_t * a_t[:, None]
     e_s = tl.exp2(x_s)
-    e_t = tl.exp2(x_t)
     e_1 = e_s
     if CE:
         # exp(s) = exp(s / T) ** T: where T is 1, 2 or 4 the cross-entropy costs no third exponential.
@@ -43,6 +41,8 @@ def exponentials(s, t, classes, m_s, m_t, a_s, a_t, CE: tl.constexpr, POWER: tl.
         if POWER == 4:
             e_1 = e_s * e_s
             e_1 = e_1 * e_1
+    x_t = tl.where(classes, t - m_t[:, None], -INFINITY) * a_t[:, None]
+    e_t = tl.exp2(x_t)
     return x_s, x_t, e_s, e_t, e_1
 
 
@@ -51,9 +51,7 @@ def tile_sums(s, t, classes, a_s, a_t, CE: tl.constexpr, POWER: tl.constexpr, MO
     """The sums over the ``classes`` of a tile ``[R, B]``, and its exponentials."""
     m_s = tl.max(tl.where(classes, s, -INFINITY), 1)
     m_t = tl.max(tl.where(classes, t, -INFINITY), 1)
-    x_s, x_t, e_s, e_t, e_1 = exponentials(
-        s, t, classes, finite_or_zero(m_s), finite_or_zero(m_t), a_s, a_t, CE, POWER
-    )
+    x_s, x_t, e_s, e_t, e_1 = exponentials(s, t, classes, finite_or_zero(m_s), finite_or_zero(m_t), a_s, a_t, CE, POWER)
     z_s = tl.sum(e_s, 1)
     z_t = tl.sum(e_t, 1)
     # A class that the teacher excludes counts 0, also where the student excludes it too (0 * inf).

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """From the sums of a row to its loss terms and to the few coefficients of its gradient.
 
 With log odds ``d = x_y - log z`` of the label against all others, ``q_y = sigmoid(d)``. Every logarithm below keeps its
@@ -65,15 +66,13 @@ def entropy_term(p, log_p, log_q):
 
 
 @triton.jit
-def distillation(
-    sums, s_y, t_y, a_s, a_t, T, alpha, beta, DECOUPLED: tl.constexpr, LEARNED: tl.constexpr
-):
+def distillation(sums, s_y, t_y, a_s, a_t, T, alpha, beta, DECOUPLED: tl.constexpr, LEARNED: tl.constexpr):
     """KD or DKD of each row, ``(g_s, g_t, g_y)`` of its gradient, and its derivative by the temperature.
 
     The derivative is ``2 T F - T (sum_i u_i dF/du_i + v_i dF/dv_i)`` of ``loss = T^2 F(s / T, t / T)``; both inner sums
     vanish for constant u and v, so the maxima may stay subtracted.
     """
-    m_s, m_t, z_s, z_t, cross, z_1, u_s, u_t, w = sums
+    m_s, m_t, z_s, z_t, cross, _z_1, u_s, u_t, w = sums
     x_s = (s_y - finite_or_zero(m_s)) * a_s
     x_t = (t_y - finite_or_zero(m_t)) * a_t
     d_s = log_odds(x_s, z_s)
@@ -122,7 +121,7 @@ def distillation(
 def cross_entropy(m_s, z_1, s_y):
     """``(ce, g_1, g_1y)``: cross-entropy of the student's own logits, and the coefficients of its gradient."""
     offset = s_y - finite_or_zero(m_s)
-    q, rest_q, log_q, _ = label_probability(tl.where(offset == INFINITY, float("nan"), offset - tl.log(z_1)))
+    _q, rest_q, log_q, _log_rest = label_probability(tl.where(offset == INFINITY, float("nan"), offset - tl.log(z_1)))
     return -log_q, rest_q * inverse(z_1), -rest_q
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
 """The loss of rows that fit on chip: every logit is read once, and every gradient written once."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import triton.language as tl
 
 from .epilogue import finish_row, gradient
 from .rotate import correct_in_registers
-from .rows import aligned, class_offset, read_factor, read_label, read_temperature, row_offset, value_at
+from .rows import aligned, class_offset, read_factor, read_label, read_temperature, rounded, row_offset, value_at
 from .sums import LOG2E, tile_sums
 from .terms import z_score
 
@@ -23,31 +24,48 @@ def spread(x, x_y, classes, C, T):
     return x_y + mean, scale, deviation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "nought"])
 def sort_kd_tile(
     student, teacher, target, temperatures, grad_loss, count,
     kd_rows, ce_rows, loss_rows, rank_rows, grad_student, grad_temperature,
     N, C, INNER, student_outer, student_inner, student_class, teacher_outer, teacher_inner, teacher_class,
-    grad_outer, temperature_stride, grad_loss_stride, ignore_index,
+    grad_outer, grad_inner, grad_class, temperature_stride, grad_loss_stride, ignore_index,
     temperature: tl.float64, kd_weight: tl.float64, alpha: tl.float64, beta: tl.float64, ce_weight: tl.float64,
+    nought,
     CORRECTION: tl.constexpr, DECOUPLED: tl.constexpr, STANDARDIZE: tl.constexpr, LEARNED: tl.constexpr,
     CE: tl.constexpr, POWER: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, WORK: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """R rows of up to B classes a program.
+    """R rows of up to B classes a program; NEIGHBOURS where a class's values of neighbouring rows are neighbours.
 
     Rows that the sort correction finds with a rank over LIMIT are left to `sort_kd_stream`: only their rank is written.
     """
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    inside = rows < N
+    program = tl.program_id(0)
+    if NEIGHBOURS:
+        # Never across the end of an inner dimension: within it the compiler sees that the rows are neighbours.
+        blocks = tl.cdiv(INNER, R)
+        outer = program // blocks
+        inner = program % blocks * R + tl.arange(0, R)
+        rows = outer * INNER + inner
+        inside = inner < INNER
+    else:
+        rows = program * R + tl.arange(0, R)
+        outer = rows // INNER
+        inner = rows % INNER
+        inside = rows < N
     label, counts = read_label(target, rows, inside, ignore_index, C)
     T = read_temperature(temperatures, temperature_stride, temperature, rows, counts, WORK)
     factor = read_factor(grad_loss, grad_loss_stride, count, rows, counts, WORK)
 
     classes = tl.arange(0, B)[None, :]
     held = counts[:, None] & (classes < aligned(C, ALIGN))
-    student += row_offset(rows, INNER, student_outer, student_inner, ALIGN)[:, None]
-    teacher += row_offset(rows, INNER, teacher_outer, teacher_inner, ALIGN)[:, None]
+    student += row_offset(outer, inner, student_outer, student_inner, ALIGN)[:, None]
+    teacher += row_offset(outer, inner, teacher_outer, teacher_inner, ALIGN)[:, None]
+    if NEIGHBOURS:
+        # A 0 that the compiler cannot know hides the alignment: it would give a lane 4 or 8 rows to fill 128-bit loads,
+        # and with them 4 or 8 times the arithmetic of a row's end. A lane with one row reads as coalesced.
+        student += nought
+        teacher += nought
     s = tl.load(student + class_offset(classes, student_class), mask=held, other=0).to(WORK)
     t = tl.load(teacher + class_offset(classes, teacher_class), mask=held, other=0).to(WORK)
     at_label = label[:, None]
@@ -62,7 +80,7 @@ def sort_kd_tile(
     if STANDARDIZE:
         mean, scale, deviation = spread(s, s_y, held, C, T)
         a_s = a_s * scale
-        _, t_scale, _ = spread(t, t_y, held, C, T)
+        _mean, t_scale, _deviation = spread(t, t_y, held, C, T)
         a_t = a_t * t_scale
 
     above = held & (t > t_y[:, None])
@@ -90,5 +108,11 @@ def sort_kd_tile(
     if grad_student is not None:
         g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE)
         g = tl.where(classes == at_label, coefficients[3][:, None], g)
-        out = grad_student + row_offset(rows, INNER, grad_outer, 1, ALIGN)[:, None] + class_offset(classes, INNER)
-        tl.store(out, g.to(grad_student.dtype.element_ty), mask=done[:, None] & (classes < aligned(C, ALIGN)))
+        out = (
+            grad_student
+            + row_offset(outer, inner, grad_outer, grad_inner, ALIGN)[:, None]
+            + class_offset(classes, grad_class)
+        )
+        if NEIGHBOURS:
+            out += nought
+        tl.store(out, rounded(g, grad_student.dtype.element_ty), mask=done[:, None] & (classes < aligned(C, ALIGN)))

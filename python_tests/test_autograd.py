@@ -1,0 +1,259 @@
+"""The gradient is made in the forward pass and rescaled in the backward one: right for every upstream and every order."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, IGNORE, Variant
+from torch.utils.checkpoint import checkpoint
+
+from sortkd_kernels import fused_sort_kd, fused_sort_kd_topk
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EVERY_BACKEND = pytest.mark.parametrize("backend", cases.BACKENDS)
+
+GRADCHECKED = [
+    Variant(f"{method}-{temperature}", {**options, "ce_weight": 0.3, "reduction": reduction}, decoupled, temperature)
+    for method, options, decoupled in (
+        ("kd", {}, False), ("swap", {"correction": "swap"}, False), ("dkd", {"alpha": 1.5}, True),
+        ("lskd", {"standardize": True}, False), ("dkd-lskd", {"standardize": True}, True),
+    )
+    for temperature, reduction in ((2.5, "none"), ("scalar", "mean"), ("row", "none"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", GRADCHECKED, ids=str)
+@EVERY_BACKEND
+def test_gradcheck(backend, variant):
+    """Finite differences, with an upstream gradient for each row; the smallest shape that has every kind of row."""
+    student, teacher, target = cases.make_rows(6, 5, (F64, F64))
+    temperature = variant.make_temperature(6, F64)
+    learned = (temperature,) if isinstance(temperature, torch.Tensor) else ()
+
+    def loss(student, *learned):
+        return variant.function(
+            student, teacher, target, temperature=learned[0] if learned else temperature, backend=backend,
+            **variant.options,
+        )  # fmt: skip
+
+    torch.autograd.gradcheck(loss, (student.requires_grad_(), *learned), fast_mode=backend in cases.LOGITS_LIMIT)
+
+
+@EVERY_BACKEND
+def test_gradcheck_top_k_and_dense(backend):
+    student, teacher, target = cases.make_rows(6, 5, (F64, F64))
+    values, indices = teacher.topk(2)
+    temperature = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda s, t: fused_sort_kd_topk(s, values, indices, target, temperature=t, backend=backend),
+        (student.requires_grad_(), temperature), fast_mode=True,
+    )  # fmt: skip
+    torch.autograd.gradcheck(
+        lambda s: fused_sort_kd(s.T, teacher.T, target, class_dim=0, reduction="none", backend=backend),
+        (student,), fast_mode=True,
+    )  # fmt: skip
+
+
+def make(dtype=F32, reduction="mean", backend=None, **options):
+    """A leaf, and its loss."""
+    rows = cases.make_rows(12, 9, (dtype, dtype))
+    student = rows.student.requires_grad_()
+    return student, fused_sort_kd(student, rows.teacher, rows.target, reduction=reduction, backend=backend, **options)
+
+
+def expected_gradient(dtype, upstream, **options):
+    """In float64, through the reference, of the same rounded logits; then rounded to ``dtype``."""
+    rows = cases.make_rows(12, 9, (dtype, dtype))
+    student = rows.student.double().requires_grad_()
+    loss = fused_sort_kd(student, rows.teacher.double(), rows.target, backend="reference", **options)
+    (grad,) = torch.autograd.grad(loss, student, upstream.double())
+    return grad
+
+
+# One rounding to the dtype, and for bfloat16 a second one by the rescaling; absolute: of what is subtracted, T / N = 0.4 at
+# most. Triton's interpreter truncates to bfloat16, hence its 2^-7.
+CLOSE = {F32: dict(rtol=3e-6, atol=3e-7), F64: dict(rtol=1e-13, atol=1e-14), BF16: dict(rtol=2**-7, atol=1e-6)}
+CLOSE[F16] = dict(rtol=2**-11 * 1.01, atol=2**-25)
+
+
+@pytest.mark.parametrize("upstream", (1.0, 2.0, -0.37, 0.0, 1000.0))
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
+@EVERY_BACKEND
+def test_upstream_scalar(backend, dtype, upstream):
+    student, loss = make(dtype, "mean", backend)
+    upstream = torch.tensor(upstream, dtype=loss.dtype)
+    loss.backward(upstream)
+    want = expected_gradient(dtype, upstream)
+    bounds = {**CLOSE[dtype], "atol": CLOSE[dtype]["atol"] * max(1, upstream.abs().item())}
+    torch.testing.assert_close(student.grad.double(), want, **bounds)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
+@EVERY_BACKEND
+def test_upstream_per_row(backend, dtype):
+    """Different for each row, zero and negative among them, and handed over as an expanded tensor too."""
+    student, loss = make(dtype, "none", backend)
+    upstream = torch.linspace(-2, 3, 12).round(decimals=1).to(loss.dtype)
+    (grad,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    bounds = {**CLOSE[dtype], "atol": 40 * CLOSE[dtype]["atol"]}
+    torch.testing.assert_close(grad.double(), expected_gradient(dtype, upstream, reduction="none"), **bounds)
+    expanded = torch.tensor(1.7, dtype=loss.dtype).expand(12)
+    (grad,) = torch.autograd.grad(loss, student, expanded)
+    torch.testing.assert_close(grad.double(), expected_gradient(dtype, expanded, reduction="none"), **bounds)
+
+
+@pytest.mark.parametrize("spoil", (False, True))
+@pytest.mark.parametrize("upstream", (1.0, 3.0))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("dtype", (F32, F16, BF16), ids=str)
+@EVERY_BACKEND
+def test_two_backward_calls(backend, dtype, reduction, upstream, spoil):
+    """The second equals the first, also where the user wrote over the first in between."""
+    student, loss = make(dtype, reduction, backend)
+    upstream = torch.full_like(loss, upstream)
+    (first,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    kept = first.clone()
+    if spoil:
+        first.fill_(7)
+    (second,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    assert torch.equal(second, kept)
+    second.zero_()
+    (last,) = torch.autograd.grad(loss, student, upstream)
+    assert torch.equal(last, kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, student, upstream)
+
+
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@EVERY_BACKEND
+def test_gradients_accumulate(backend, dtype):
+    student, loss = make(dtype, "mean", backend)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    (2 * loss).backward()
+    # Three times the gradient, each addend rounded to the dtype.
+    torch.testing.assert_close(student.grad, 3 * once, rtol=3 * torch.finfo(dtype).eps, atol=0)
+
+
+@EVERY_BACKEND
+def test_gradient_scaler_keeps_small_probabilities(backend):
+    """Probabilities of 1e-8 are 0 in float16; with 2^16 multiplied in before the rounding they are there."""
+    student = torch.zeros(2, 40, dtype=F16)
+    student[:, 3:] = -18.0  # exp(-18) = 1.5e-8, below half of float16's smallest number
+    teacher, target = torch.zeros(2, 40, dtype=F16), torch.tensor([0, 1])
+    teacher[:, 3:] = -40.0
+    leaf = student.clone().requires_grad_()
+    fused_sort_kd(leaf, teacher, target, temperature=1.0, reduction="sum", backend=backend).mul(65536.0).backward()
+    grad = leaf.grad.double() / 65536
+    true = student.double().softmax(-1)[:, 3:]
+    assert true.max() < 2.0**-25
+    torch.testing.assert_close(grad[:, 3:], true, rtol=2**-11, atol=2.0**-25 / 65536)
+
+
+@EVERY_BACKEND
+def test_gradient_scaler_and_temperature(backend):
+    """The scale reaches a learned temperature once, not twice."""
+    rows = cases.make_rows(12, 9, (F16, F16))
+    temperature = torch.tensor(3.0, requires_grad=True)
+    for scale in (1.0, 65536.0):
+        loss = fused_sort_kd(
+            rows.student.requires_grad_(), rows.teacher, rows.target, temperature=temperature, backend=backend
+        )
+        (loss * scale).backward()
+    single, both = torch.tensor(3.0, requires_grad=True), temperature.grad
+    fused_sort_kd(rows.student, rows.teacher, rows.target, temperature=single, backend=backend).backward()
+    torch.testing.assert_close(both, single.grad * 65537)
+
+
+@EVERY_BACKEND
+def test_only_what_asks_gets_a_gradient(backend):
+    """A frozen student with a learned temperature, the other way round, and neither."""
+    student, teacher, target = cases.make_rows(12, 9)
+    temperature = torch.tensor(3.0, requires_grad=True)
+    leaf = student.clone().requires_grad_()
+    both = fused_sort_kd(leaf, teacher, target, temperature=temperature, backend=backend)
+    grad_student, grad_temperature = torch.autograd.grad(both, (leaf, temperature))
+    alone = fused_sort_kd(student, teacher, target, temperature=temperature, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(alone, temperature)[0], grad_temperature)
+    frozen = fused_sort_kd(leaf, teacher, target, temperature=temperature.detach(), backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(frozen, leaf)[0], grad_student)
+    assert not fused_sort_kd(student, teacher, target, temperature=temperature.detach(), backend=backend).requires_grad
+
+
+@EVERY_BACKEND
+def test_no_grad_and_inference_mode(backend):
+    student, loss = make(F32, "mean", backend)
+    rows = cases.make_rows(12, 9)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            value = fused_sort_kd(student, rows.teacher, rows.target, backend=backend)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=0)
+    with torch.inference_mode():
+        teacher = rows.teacher.clone()  # what a frozen teacher's forward pass returns
+    fused_sort_kd(student, teacher, rows.target, backend=backend).backward()
+    (want,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(student.grad, want)
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@EVERY_BACKEND
+def test_autocast_changes_nothing(backend, dtype):
+    """float32 logits are worked on in float32, half ones as outside; the temperature's gradient is exact."""
+    for logits in (F32, dtype):
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                rows = cases.make_rows(12, 9, (logits, logits))
+                results.append(cases.run(rows, cases.BY_NAME["scalar-T-ce"], backend))
+        for outside, inside in zip(*(r[:6] for r in results), strict=True):
+            assert outside.dtype == inside.dtype
+            assert torch.equal(outside, inside)
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@EVERY_BACKEND
+def test_checkpoint(backend, dtype, use_reentrant):
+    rows = cases.make_rows(12, 9, (dtype, dtype))
+    student, loss = make(dtype, "mean", backend)
+    loss.backward()
+    leaf = rows.student.clone().requires_grad_()
+    checkpoint(
+        lambda s: fused_sort_kd(s * 1, rows.teacher, rows.target, backend=backend), leaf, use_reentrant=use_reentrant
+    ).backward()
+    assert torch.equal(leaf.grad, student.grad)
+
+
+@EVERY_BACKEND
+def test_saved_tensor_hooks(backend):
+    """What is saved may be moved away and back: it is unpacked, not assumed."""
+    student, loss = make(F32, "mean", backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy):
+        other, offloaded = make(F32, "mean", backend)
+    loss.mul(2).backward()
+    offloaded.mul(2).backward()
+    assert torch.equal(student.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@EVERY_BACKEND
+def test_inputs_stay_as_they_are(backend, dtype):
+    rows = cases.make_rows(12, 9, (dtype, dtype))
+    rows.target[3] = IGNORE
+    copies = [x.clone() for x in rows]
+    result = cases.run(rows, cases.BY_NAME["row-T"], backend)
+    assert result.grad.data_ptr() not in [x.data_ptr() for x in rows]
+    for before, after in zip(copies, rows, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b != "reference"])
+def test_a_changed_input_is_noticed(backend):
+    """float16 recomputes in the backward pass: logits that changed in between raise instead of giving another gradient."""
+    student, teacher, target = cases.make_rows(12, 9, (F16, F16))
+    loss = fused_sort_kd(student.requires_grad_(), teacher, target, backend=backend)
+    teacher.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

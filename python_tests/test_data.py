@@ -1,0 +1,238 @@
+"""The data: batched augmentation is torchvision's per-image one; seed and epoch fix every batch; ranks split it."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="the train extra is not installed")
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import functional as TF
+
+from train.data import build_loaders
+from train.data.augment import CropFlip, Normalize, draw_crop_flip
+from train.data.plan import BatchPlan, ViewPlan
+from train.data.seeds import derive_seed, generator
+from train.data.sources import CIFAR_MEAN, CIFAR_STD
+from train.data.stream import IMAGENET_MEAN, IMAGENET_STD
+
+CPU = torch.device("cpu")
+# float32 in another order of operations: (x * a + b) against ((x / 255) - mean) / std, values up to 3.
+CLOSE = {"rtol": 0, "atol": 2e-6}
+
+
+def make_tree(root, sizes, *, splits=("train", "test"), classes=("ant", "bee", "cat"), each=5, suffix="png"):
+    """An ImageFolder tree of noise; `sizes` (width, height) are taken in turn."""
+    rng = np.random.default_rng(0)
+    count = 0
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(each):
+                width, height = sizes[count % len(sizes)]
+                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.{suffix}")
+                count += 1
+    return root
+
+
+@pytest.fixture(scope="module")
+def small_tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("small"), [(32, 32)], each=9)
+
+
+@pytest.fixture(scope="module")
+def large_tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("large"), [(300, 260), (240, 280)], splits=("train", "val"))
+
+
+def build(dataset, root, **changes):
+    options = dict(batch_size=4, test_batch_size=4, num_workers=0, device=CPU, seed=3)
+    return build_loaders(dataset, root, **{**options, **changes})
+
+
+def epoch_of(loader, epoch=0):
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def stacked(batches):
+    return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(stacked(left), stacked(right), strict=True))
+
+
+# -- the augmentation is torchvision's ---------------------------------------------------------------------------------
+
+
+def test_every_crop_and_flip_equals_torchvisions():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    choices = torch.tensor([(top, left, flip) for top in range(9) for left in range(9) for flip in range(2)])
+    images = torch.from_numpy(pixels).expand(3, -1, -1, -1)
+    crops = CropFlip(images, 4, flip=True, device=CPU)(
+        torch.ones(len(choices), dtype=torch.long), choices.to(torch.uint8)
+    )
+    got = Normalize(CIFAR_MEAN, CIFAR_STD, (3, 32, 32), device=CPU)(crops)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    padded = TF.pad(Image.fromarray(pixels), 4)  # raw zeros, before the normalisation, as RandomCrop(32, 4) pads
+    for image, (top, left, flip) in zip(got, choices.tolist(), strict=True):
+        crop = TF.crop(padded, top, left, 32, 32)
+        expected = TF.normalize(TF.to_tensor(TF.hflip(crop) if flip else crop), CIFAR_MEAN, CIFAR_STD)
+        torch.testing.assert_close(image, expected, **CLOSE)
+
+
+def test_border_is_black_and_not_the_mean():
+    images = torch.full((1, 32, 32, 3), 200, dtype=torch.uint8)
+    crop = CropFlip(images, 4, flip=True, device=CPU)(torch.tensor([0]), torch.tensor([[0, 0, 0]], dtype=torch.uint8))
+    border = Normalize(CIFAR_MEAN, CIFAR_STD, (3, 32, 32), device=CPU)(crop)[0, :, 0, 0]
+    torch.testing.assert_close(border, -torch.tensor(CIFAR_MEAN) / torch.tensor(CIFAR_STD), **CLOSE)
+
+
+def chi_square(cells, count):
+    """Of a sample that should be uniform over `count` cells, in standard deviations from its expectation."""
+    observed = torch.bincount(cells, minlength=count).double()
+    expected = len(cells) / count
+    return (((observed - expected) ** 2 / expected).sum().item() - (count - 1)) / (2 * (count - 1)) ** 0.5
+
+
+def test_choices_are_distributed_as_torchvisions():
+    """Uniform over the 9 x 9 x 2 joint outcomes, as torchvision's own choices are: within 4 standard deviations.
+
+    A fixed seed, so the test cannot flake; a crop that never reached one edge would be off by hundreds.
+    """
+    ours = draw_crop_flip(100_000, 4, True, generator("test", 0)).long()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        starts = [T.RandomCrop.get_params(torch.empty(3, 40, 40), (32, 32))[:2] for _ in range(16_000)]
+        flips = torch.rand(16_000) < 0.5  # what RandomHorizontalFlip compares
+    theirs = torch.cat([torch.tensor(starts), flips[:, None].long()], dim=1)
+    for sample in (ours, theirs):
+        assert abs(chi_square((sample[:, 0] * 9 + sample[:, 1]) * 2 + sample[:, 2], 162)) < 4
+    assert not draw_crop_flip(1000, 4, False, generator("test", 0))[:, 2].any()
+
+
+def test_choices_of_epochs_and_images_are_independent(small_tree):
+    loader = build("cifar100", small_tree).train
+    draws = torch.stack([loader._draw("augmentation", 3, epoch) for epoch in range(4000)]).long()
+    for column, count in enumerate((9, 9, 2)):
+        pairs = draws[1:, :, column] * count + draws[:-1, :, column]  # of one image, in consecutive epochs
+        assert abs(chi_square(pairs.flatten(), count**2)) < 4
+        pairs = draws[:, 1:, column] * count + draws[:, :-1, column]  # of neighbouring images
+        assert abs(chi_square(pairs.flatten(), count**2)) < 4
+
+
+def test_large_images_get_torchvisions_transforms(large_tree):
+    """The same generator state gives the crop that torchvision's own pipeline makes, and evaluation equals it."""
+    loaders = build("imagenet", large_tree)
+    train = T.Compose([T.RandomResizedCrop(224), T.RandomHorizontalFlip(), T.ToTensor()])
+    test = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor()])
+    for loader, transform in ((loaders.train, train), (loaders.test, test)):
+        for batch in epoch_of(loader, 5)[:2]:
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            for image, index in zip(batch.images, batch.index.tolist(), strict=True):
+                with torch.random.fork_rng():
+                    torch.manual_seed(derive_seed("augmentation", 3, 5, index))
+                    raw = transform(loader.listing.read(index))
+                torch.testing.assert_close(image, TF.normalize(raw, IMAGENET_MEAN, IMAGENET_STD), **CLOSE)
+
+
+# -- seed and epoch determine everything -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset, root", [("cifar100", "small_tree"), ("imagenet", "large_tree")])
+@pytest.mark.parametrize("views", [0, 2])
+def test_epochs_replay(dataset, root, views, request):
+    root = request.getfixturevalue(root)
+    state = torch.get_rng_state()
+    loader = build(dataset, root, views=views).train
+    first, second = epoch_of(loader, 0), epoch_of(loader, 1)
+    assert not same(first, second)
+    assert same(epoch_of(build(dataset, root, views=views).train, 1), second)  # as after a resume
+    assert same(epoch_of(loader, 0), first)
+    assert not same(epoch_of(build(dataset, root, views=views, seed=4).train, 0), first)
+    assert torch.equal(torch.get_rng_state(), state), "reading data must not change what the model draws"
+
+
+def test_workers_change_nothing(large_tree):
+    alone, workers = build("imagenet", large_tree, views=3), build("imagenet", large_tree, views=3, num_workers=2)
+    for epoch in range(2):  # the workers stay alive in between
+        assert same(epoch_of(alone.train, epoch), epoch_of(workers.train, epoch))
+    assert same(epoch_of(alone.test), epoch_of(workers.test))
+
+
+def test_order_is_a_permutation(small_tree):
+    batches = epoch_of(build("cifar100", small_tree).train)
+    index = torch.cat([b.index for b in batches])
+    assert sorted(index.tolist()) == list(range(27)) != index.tolist()
+    assert [len(b.index) for b in batches] == [4] * 6 + [3]
+    assert torch.equal(torch.cat([b.labels for b in batches]), torch.arange(3).repeat_interleave(9)[index])
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset, root", [("cifar100", "small_tree"), ("imagenet", "large_tree")])
+@pytest.mark.parametrize("views", [0, 2])
+def test_ranks_share_the_batches_of_one(dataset, root, views, request):
+    root = request.getfixturevalue(root)
+    one = epoch_of(build(dataset, root, views=views, batch_size=6).train, 2)
+    ranks = [build(dataset, root, views=views, batch_size=2, rank=r, world_size=3).train for r in range(3)]
+    assert [len(r) for r in ranks] == [len(one)] * 3
+    for batch, *parts in zip(one, *(epoch_of(r, 2) for r in ranks), strict=True):
+        assert torch.equal(batch.images, torch.cat([p.images for p in parts]))
+        assert torch.equal(batch.labels, torch.cat([p.labels for p in parts]))
+
+
+@pytest.mark.parametrize("samples", [3, 11, 12, 13, 14, 29])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_plan_of_ranks(samples, world_size):
+    for shuffle in (True, False):
+        plans = [
+            BatchPlan(samples, 4, shuffle=shuffle, seed=0, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        epochs = [list(plan.batches(1)) for plan in plans]
+        assert [len(e) for e in epochs] == [len(plan) for plan in plans]
+        seen = torch.cat([part.index for e in epochs for part in e])
+        rest = samples % (4 * world_size)
+        left_out = rest if shuffle and rest < world_size else 0
+        assert len(seen) == len(seen.unique()) == samples - left_out
+        if shuffle:  # in step, and the ranks' weighted means average to the global batch's mean
+            for parts in zip(*epochs, strict=True):
+                whole = torch.cat([p.index for p in parts]).double().mean()
+                mean = sum(p.share * p.index.double().mean() for p in parts) / world_size
+                torch.testing.assert_close(mean, whole)
+
+
+# -- fixed views -------------------------------------------------------------------------------------------------------
+
+
+def test_each_image_shows_each_view_once_in_m_epochs():
+    plan = ViewPlan(500, 4, seed=1)
+    shown = torch.stack([plan.of(torch.arange(500), epoch) for epoch in range(7, 11)])
+    assert torch.equal(shown.sort(dim=0).values, torch.arange(4)[:, None].expand(4, 500))
+    assert abs(chi_square(shown[0], 4)) < 4  # within an epoch the views mix
+
+
+@pytest.mark.parametrize("dataset, root", [("cifar100", "small_tree"), ("imagenet", "large_tree")])
+def test_a_view_is_the_same_image_always(dataset, root, request):
+    root = request.getfixturevalue(root)
+    loader = build(dataset, root, views=3).train
+    views = [torch.cat([b.images for b in loader.view_batches(v, 7)]) for v in range(3)]
+    assert not torch.equal(views[0], views[1])
+    # another order, rank, batch size and seed of the run, but the same seed of the views
+    other = build(dataset, root, views=3, batch_size=5, seed=99, view_seed=3, rank=1, world_size=2).train
+    for epoch in range(3):
+        for batch in epoch_of(other, epoch):
+            for image, index, view in zip(batch.images, batch.index, batch.view, strict=True):
+                assert torch.equal(image, views[view][index])
+    changed = build(dataset, root, views=3, view_seed=4).train
+    assert not torch.equal(next(iter(changed.view_batches(0, 7))).images, views[0][:7])
+
+
+def test_without_views_there_is_none(small_tree):
+    loader = build("cifar100", small_tree).train
+    assert all(b.view is None for b in loader)
+    with pytest.raises(ValueError, match=r"expected a view in \[0, 0\), got 0"):
+        next(loader.view_batches(0, 4))

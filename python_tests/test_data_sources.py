@@ -1,0 +1,133 @@
+"""The data sets: where their images come from, that they arrive whole, and what is said when they are missing."""
+
+import hashlib
+import pickle
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="the train extra is not installed")
+from PIL import Image
+from test_data import CLOSE, build, epoch_of, make_tree, same, stacked
+from torchvision.datasets import CIFAR100
+from torchvision.transforms import functional as TF
+
+from train.data.sources import CIFAR_MEAN, CIFAR_STD
+
+
+@pytest.fixture(scope="module")
+def small_tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("small"), [(32, 32)], each=9)
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------
+
+
+def test_small_tree_in_memory(small_tree):
+    loaders = build("cifar100", small_tree)
+    assert (loaders.num_classes, loaders.image_shape, loaders.train.samples) == (3, (3, 32, 32), 27)
+    images, labels = stacked(epoch_of(loaders.test))
+    assert torch.equal(labels, torch.arange(3).repeat_interleave(9))
+    expected = TF.to_tensor(Image.open(small_tree / "test" / "bee" / "2.png"))
+    torch.testing.assert_close(images[9 + 2], TF.normalize(expected, CIFAR_MEAN, CIFAR_STD), **CLOSE)
+    assert loaders.test.data.images.dtype == torch.uint8
+    own = build("imagefolder", small_tree)  # in memory too, normalised by its own statistics
+    pixels = own.train.data.images.double() / 255
+    torch.testing.assert_close(torch.tensor(own.train.data.mean).double(), pixels.mean((0, 1, 2)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(own.train.data.std).double(), pixels.std((0, 1, 2)), rtol=0, atol=1e-4)
+
+
+def test_imagefolder_of_large_images_is_streamed(tmp_path):
+    assert build("imagefolder", make_tree(tmp_path, [(65, 30)])).image_shape == (3, 224, 224)
+
+
+def test_imagenets_unlabelled_test_folder_is_not_used(tmp_path):
+    root = make_tree(tmp_path, [(65, 30)], splits=("train", "val"))
+    (root / "test").mkdir()
+    assert build("imagenet", root).test.listing.root == root / "val"
+
+
+def test_official_cifar100_files(tmp_path, monkeypatch):
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(name, entry):
+        (folder / name).write_bytes(pickle.dumps(entry))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for split, count in (("train", 30), ("test", 10)):
+        pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        entry = {"data": pixels, "fine_labels": list(range(count))}
+        monkeypatch.setattr(CIFAR100, f"{split}_list", [write(split, entry)])
+    name, digest = write("meta", {"fine_label_names": [f"c{i}" for i in range(100)]})
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"filename": name, "md5": digest})
+    loaders = build("cifar100", tmp_path)
+    assert (loaders.num_classes, loaders.train.samples, loaders.test.samples) == (100, 30, 10)
+    raw = torch.from_numpy(pixels).view(10, 3, 32, 32) / 255
+    torch.testing.assert_close(stacked(epoch_of(loaders.test))[0], TF.normalize(raw, CIFAR_MEAN, CIFAR_STD), **CLOSE)
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    loaders = build("digits", "unused", batch_size=100)
+    assert (loaders.num_classes, loaders.image_shape) == (10, (1, 8, 8))
+    assert (loaders.train.samples, loaders.test.samples) == (1297, 500)
+    images, _ = stacked(epoch_of(loaders.train))
+    assert abs(images.mean()) < 1e-3 and abs(images.std() - 1) < 1e-3
+    other = build("digits", "unused", seed=8)  # the split is not the run's: no test image is trained on
+    assert same(epoch_of(loaders.test), epoch_of(other.test))
+    first = {b: i for i, b in enumerate(torch.cat([b.index for b in epoch_of(loaders.train, 0)]).tolist())}
+    second = epoch_of(loaders.train, 1)[0]
+    assert torch.equal(second.images, images[[first[i] for i in second.index.tolist()]])  # no augmentation
+
+
+# -- refusals, in words ------------------------------------------------------------------------------------------------
+
+
+def test_missing_data(tmp_path, monkeypatch):
+    def offline(self):
+        raise URLError("no network")
+
+    monkeypatch.setattr(CIFAR100, "download", offline)
+    with pytest.raises(FileNotFoundError, match=r"no network(.|\n)*curl -O \S*cifar-100-python.tar.gz(.|\n)*train/"):
+        build("cifar100", tmp_path)
+    for dataset, test in (("imagenet", "val"), ("imagefolder", "test")):
+        with pytest.raises(FileNotFoundError, match=rf"{dataset}: expected the folder train in(.|\n)*/{test}/<class>"):
+            build(dataset, tmp_path)
+    make_tree(tmp_path, [(32, 32)], splits=("train",))
+    with pytest.raises(FileNotFoundError, match="expected the folder test or val"):
+        build("cifar100", tmp_path)
+
+
+def test_trees_that_do_not_fit(tmp_path):
+    root = make_tree(tmp_path / "sizes", [(32, 32), (32, 30)])
+    with pytest.raises(ValueError, match=r"of the first one's size, 32 x 32, got 32 x 30 in \S+1\.png"):
+        build("cifar100", root)
+    root = make_tree(tmp_path / "halves", [(32, 32)], splits=("train",))
+    make_tree(root, [(16, 16)], splits=("test",))
+    with pytest.raises(ValueError, match=r"one size in .*got \(32, 32\) and \(16, 16\)"):
+        build("cifar100", root)
+    root = make_tree(tmp_path / "classes", [(32, 32)], splits=("train",))
+    make_tree(root, [(32, 32)], splits=("test",), classes=("ant", "bee", "dog"))
+    with pytest.raises(ValueError, match="2 are in one alone: cat, dog"):
+        build("cifar100", root)
+    root = make_tree(tmp_path / "damaged", [(32, 32)])
+    (root / "train" / "bee" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"cannot read the image \S+bee/1\.png"):
+        build("cifar100", root)
+
+
+def test_arguments_are_checked(small_tree):
+    with pytest.raises(ValueError, match="expected a data set out of cifar100, imagenet, imagefolder, digits, got 'x'"):
+        build("x", small_tree)
+    with pytest.raises(ValueError, match="expected views of 0 or more, got -1"):
+        build("cifar100", small_tree, views=-1)
+    with pytest.raises(ValueError, match="expected a batch size of at least 1, got 0"):
+        build("cifar100", small_tree, batch_size=0)
+    with pytest.raises(ValueError, match="got rank 2 of 2"):
+        build("cifar100", small_tree, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="at least one image for each of 50 ranks, got 27"):
+        build("cifar100", small_tree, world_size=50)

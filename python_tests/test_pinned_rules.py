@@ -1,0 +1,244 @@
+"""The rules that the paper's code leaves open: ties, NaN, infinities, ignored rows, no rows, one class."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import pytest
+import torch
+from cases import F32, IGNORE, Variant
+from torch.nn import functional as F
+
+from sortkd_kernels import fused_sort_dkd, fused_sort_kd, sort_logits
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+VARIANTS = [cases.BY_NAME[n] for n in ("rows", "T4-ce-rows", "row-T-swap-rows", "lskd-rows", "dkd-swap-rows")] + [
+    Variant("dkd-rows-row-T", {"reduction": "none"}, True, "row"),
+    Variant("lskd-rows-ce", {"reduction": "none", "standardize": True, "ce_weight": 0.2}, False, 2.0),
+]  # fmt: skip
+EVERY_BACKEND = pytest.mark.parametrize("backend", cases.BACKENDS)
+
+
+def gradients(rows, variant, backend):
+    result = cases.run(rows, variant, backend)
+    return result.loss, result.grad, result.grad_temperature
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("place", ("label", "last class", "largest other"))
+@pytest.mark.parametrize("side", ("student", "teacher"))
+@EVERY_BACKEND
+def test_nan_touches_its_own_row_only(backend, side, place, variant):
+    """The other rows, in the same tile and vector, keep every bit; the row's own loss and gradient are NaN."""
+    slow = backend in cases.LOGITS_LIMIT
+    rows = cases.make_rows(6 if slow else 24, 17)
+    clean = gradients(rows, variant, backend)
+    logits = getattr(rows, side)
+    hurt = torch.zeros(len(rows.target), dtype=torch.bool)
+    for n in (1, 3) if slow else (3, 6, 7, 8, 21):  # of every kind: right, wrong by a few, random, last
+        label = int(rows.target[n])
+        others = logits[n].index_fill(0, torch.tensor(label), -math.inf)
+        logits[n, {"label": label, "last class": 16, "largest other": int(others.argmax())}[place]] = math.nan
+        hurt[n] = True
+    assert not (hurt & (rows.target == IGNORE)).any()
+    dirty = gradients(rows, variant, backend)
+    for before, after in zip(clean, dirty, strict=True):
+        if before is not None:
+            assert after[hurt].isnan().all()
+            assert torch.equal(after[~hurt], before[~hurt])
+
+
+@pytest.mark.parametrize("correction", ("sort", "swap", "none"))
+@pytest.mark.parametrize("C", (1, 2, 8, 16, 17, 64, 3000))
+@pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b not in cases.LOGITS_LIMIT])
+def test_nan_anywhere_ends(backend, C, correction):
+    """Each class in turn, the label above and below the others: nothing hangs or reads past the row."""
+    places = range(C) if C < 100 else (0, 1, 1499, 2991, 2998, 2999)
+    for ascending in (False, True):
+        teacher = torch.arange(C, dtype=F32).repeat(len(places), 1)
+        teacher = teacher if ascending else teacher.flip(-1)
+        teacher[torch.arange(len(places)), torch.tensor(places)] = math.nan
+        for label in (0, C // 2, C - 1):
+            target = torch.full((len(places),), label)
+            assert sort_logits(teacher, target, correction=correction, backend=backend).isnan().all()
+            student = torch.randn(len(places), C, requires_grad=True)
+            loss = fused_sort_kd(student, teacher, target, correction=correction, reduction="none", backend=backend)
+            loss.sum().backward()
+            assert loss.isnan().all() and student.grad.isnan().all()
+
+
+@EVERY_BACKEND
+def test_sort_logits_with_nan(backend):
+    """A row with a NaN is all NaN; the others are exact; an ignored row is returned as it is, NaN included."""
+    teacher = torch.randn(5, 9)
+    target = torch.tensor([2, 2, IGNORE, 2, 2])
+    clean = sort_logits(teacher, target, backend=backend)
+    teacher[1, 4] = teacher[2, 4] = teacher[4, 2] = math.nan
+    got = sort_logits(teacher, target, backend=backend)
+    assert got[1].isnan().all() and got[4].isnan().all()
+    assert torch.equal(got[[0, 3]], clean[[0, 3]])
+    assert torch.equal(got[2].nan_to_num(7.0), teacher[2].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("filler", (math.nan, math.inf, -math.inf, 1e30), ids=str)
+@EVERY_BACKEND
+def test_ignored_rows_may_hold_anything(backend, filler, variant):
+    rows = cases.make_rows(18, 9)
+    clean = gradients(rows, variant, backend)
+    ignored = rows.target == IGNORE
+    assert ignored.sum() == 3
+    rows.student[ignored] = filler
+    rows.teacher[ignored] = filler
+    for before, after in zip(clean, gradients(rows, variant, backend), strict=True):
+        if before is not None:
+            assert torch.equal(before, after)
+            assert not after[ignored].any()
+
+
+@pytest.mark.parametrize("where", ("label", "other"))
+@pytest.mark.parametrize("side", ("student", "teacher"))
+@pytest.mark.parametrize("function", (fused_sort_kd, fused_sort_dkd))
+@EVERY_BACKEND
+def test_plus_infinity_makes_its_row_nan(backend, function, side, where):
+    """Its softmax is inf / inf, as in F.cross_entropy."""
+    rows = cases.make_rows(3, 9)
+    target = torch.tensor([4, 5, 6])
+    getattr(rows, side)[1, 5 if where == "label" else 0] = math.inf
+    student = rows.student.requires_grad_()
+    loss = function(student, rows.teacher, target, ce_weight=0.1, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    assert student.grad[1].isnan().all() and student.grad[[0, 2]].isfinite().all()
+
+
+@EVERY_BACKEND
+def test_label_of_minus_infinity_takes_the_maximum(backend):
+    """... and -inf goes to the last class above it, whose probability is then 0."""
+    teacher = torch.tensor([[1.0, -math.inf, 3.0, 2.0]])
+    target = torch.tensor([1])
+    assert sort_logits(teacher, target, backend=backend).tolist() == [[-math.inf, 3.0, 2.0, 1.0]]
+    student = torch.randn(1, 4, requires_grad=True)
+    loss = fused_sort_kd(student, teacher, target, temperature=2.0, backend=backend)
+    (grad,) = torch.autograd.grad(loss, student)
+    p = torch.tensor([[-math.inf, 3.0, 2.0, 1.0]]).div(2).softmax(-1)
+    q = student.detach().div(2).softmax(-1)
+    torch.testing.assert_close(grad, 2 * (q - p))
+    torch.testing.assert_close(loss, 4 * torch.xlogy(p, p / q).sum())
+
+
+@pytest.mark.parametrize("decoupled", (False, True))
+@EVERY_BACKEND
+def test_no_contribution_where_the_teacher_has_no_probability(backend, decoupled):
+    """p' = 0 contributes 0 also where the student's logit is -inf; such a class might as well not be there."""
+    function = fused_sort_dkd if decoupled else fused_sort_kd
+    rows = cases.make_rows(12, 9)
+    target = rows.target.clamp(0, 6)
+    student, teacher = (F.pad(x[:, :7], (0, 2), value=-math.inf).requires_grad_() for x in rows[:2])
+    short_student = rows.student[:, :7].clone().requires_grad_()
+    call = dict(reduction="none", ce_weight=0.3, backend=backend)
+    loss = function(student, teacher.detach(), target, **call)
+    short = function(short_student, rows.teacher[:, :7], target, **call)
+    loss.sum().backward()
+    short.sum().backward()
+    torch.testing.assert_close(loss, short)
+    torch.testing.assert_close(student.grad, F.pad(short_student.grad, (0, 2)))
+    assert not student.grad[:, 7:].any()
+
+
+@EVERY_BACKEND
+def test_a_class_impossible_for_the_student_alone_costs_infinity(backend):
+    """The formula's own value: p' > 0 where q = 0. The gradient there is -T p', not NaN."""
+    student = torch.tensor([[1.0, -math.inf, 0.5]], requires_grad=True)
+    teacher, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    loss = fused_sort_kd(student, teacher, target, temperature=1.0, backend=backend)
+    loss.backward()
+    assert loss.item() == math.inf
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1))
+
+
+@pytest.mark.parametrize("function", (fused_sort_kd, fused_sort_dkd))
+@EVERY_BACKEND
+def test_all_rows_ignored(backend, function):
+    """0 / 0 for the mean, as in F.cross_entropy; no gradient, and no NaN in it."""
+    student = torch.randn(4, 9, requires_grad=True)
+    teacher, target = torch.randn(4, 9), torch.full((4,), IGNORE)
+    temperature = torch.tensor(3.0, requires_grad=True)
+    for reduction, value in (("mean", math.nan), ("batchmean", math.nan), ("sum", 0.0), ("none", 0.0)):
+        student.grad = temperature.grad = None
+        out = function(
+            student, teacher, target, ce_weight=0.5, temperature=temperature, reduction=reduction, return_parts=True,
+            backend=backend,
+        )  # fmt: skip
+        for part in out[:3]:
+            assert torch.equal(part.nan_to_num(7.0), torch.full_like(part, value).nan_to_num(7.0))
+        assert not out.rank.any()
+        out.loss.sum().backward()
+        assert not student.grad.any()
+        assert reduction in ("mean", "batchmean") or temperature.grad == 0
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("shape", ((0, 7), (0, 3, 7), (3, 0, 7)), ids=str)
+@EVERY_BACKEND
+def test_no_rows_like_cross_entropy(backend, shape, reduction):
+    student = torch.zeros(shape, requires_grad=True)
+    target = torch.zeros(shape[:-1], dtype=torch.int64)
+    other = torch.zeros(shape, requires_grad=True)
+    expected = F.cross_entropy(other.movedim(-1, 1) if len(shape) > 2 else other, target, reduction=reduction)
+    for function in (fused_sort_kd, fused_sort_dkd):
+        loss = function(student, torch.zeros(shape), target, reduction=reduction, backend=backend)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+        loss.sum().backward()
+        assert student.grad.shape == shape
+    assert sort_logits(torch.zeros(shape), target, backend=backend).shape == shape
+
+
+@pytest.mark.parametrize("decoupled", (False, True))
+@pytest.mark.parametrize("standardize", (False, True))
+@EVERY_BACKEND
+def test_one_class(backend, standardize, decoupled):
+    """Both distributions are 1: the loss, its cross-entropy and every gradient are 0, exactly."""
+    variant = Variant(
+        "one", {"ce_weight": 0.5, "reduction": "none", "standardize": standardize}, decoupled, temperature="row"
+    )
+    rows = cases.make_rows(5, 1)
+    result = cases.run(rows._replace(target=torch.zeros(5, dtype=torch.int64)), variant, backend)
+    for part in result[:6]:
+        assert torch.equal(part, torch.zeros_like(part))
+    assert sort_logits(rows.teacher, rows.target.clamp_min(0), backend=backend).equal(rows.teacher)
+
+
+@EVERY_BACKEND
+def test_ignore_index_may_name_a_class(backend):
+    student, teacher, _ = cases.make_rows(6, 4)
+    target = torch.tensor([0, 1, 2, 3, 1, 0])
+    loss = fused_sort_kd(student, teacher, target, ignore_index=1, reduction="none", backend=backend)
+    kept = torch.tensor([0, 2, 3, 5])
+    assert not loss[[1, 4]].any()
+    assert torch.equal(loss[kept], fused_sort_kd(student, teacher, target, reduction="none", backend=backend)[kept])
+    mean = fused_sort_kd(student, teacher, target, ignore_index=1, backend=backend)
+    torch.testing.assert_close(mean, loss.sum() / 4)
+    assert torch.equal(sort_logits(teacher, target, ignore_index=1, backend=backend)[1], teacher[1])
+
+
+# 1 / (0 + 1e-7) makes a gradient of 0.5 from one rounding of float32: the kernels subtract equal numbers and have none, plain
+# PyTorch has.
+@pytest.mark.parametrize("decoupled", (False, True))
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in cases.BACKENDS for d in (F32, torch.float64) if (b, d) != ("reference", F32)],
+    ids=str,
+)
+def test_constant_rows_under_standardization(backend, dtype, decoupled):
+    """Standard deviation 0: the z-scores are 0, both distributions uniform, and only the cross-entropy has a gradient."""
+    function = fused_sort_dkd if decoupled else fused_sort_kd
+    for value in (1.0, 0.1, -333.3):
+        student = torch.full((2, 5), value, dtype=dtype, requires_grad=True)
+        teacher, target = torch.full((2, 5), 3 * value, dtype=dtype), torch.tensor([0, 3])
+        out = function(student, teacher, target, standardize=True, ce_weight=0.5, return_parts=True, backend=backend)
+        out.loss.backward()
+        assert out.kd == 0
+        torch.testing.assert_close(student.grad, 0.25 * (0.2 - F.one_hot(target, 5).to(dtype)))

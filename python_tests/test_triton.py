@@ -1,0 +1,299 @@
+"""The Triton kernels: run by Triton's interpreter against the reference in float64, and compiled for four GPUs offline.
+
+No GPU is needed and nothing here is a GPU timing. The interpreter executes what the kernels compute, not how a GPU
+schedules it; the compiled code is checked for what can be read off it: registers, spills, vector loads. The tables of
+cases.py run on this backend too; here are its own paths: ranks past the limits, rows in blocks, launches, layouts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sortkd_kernels import reference
+from sortkd_kernels.backends import triton as backend
+from sortkd_kernels.backends.triton import launch
+from sortkd_kernels.ops import reduce_rows, reference_sort_logits
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, where the kernels mean inf and NaN
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+NONE, SUM, MEAN = range(3)
+CORRECTIONS = ("none", "sort", "swap")
+METHODS = tuple(itertools.product((False, True), repeat=3))  # decoupled, standardize, learned temperature
+WEIGHTS = (0.9, 0.7, 3.0, 0.1)  # kd, alpha, beta, ce
+
+# N, C, rank of the labels: why.
+CASES = (
+    (1, 1, "right"),  # one class: every probability is 1, every sum without the label empty
+    (5, 2, "random"),  # binary: without the label one class is left
+    (4, 3, "random"),
+    (5, 100, "few"),  # CIFAR-100 with a trained teacher: settled in registers, several rows a tile, N no multiple
+    (3, 100, "random"),  # ranks past the limit: the second launch, one sorted run
+    (2, 129, "last"),  # one past a power of two, and the worst rank
+    (2, 1000, "right"),  # ImageNet: nothing to correct
+    (1, 1000, "last"),  # many runs, merged
+)  # fmt: skip
+
+
+@pytest.fixture(params=["on chip", "streamed"])
+def path(request, monkeypatch):
+    """Both row kernels on the same rows; the streamed one in several launches."""
+    if request.param == "streamed":
+        monkeypatch.setattr(launch, "on_chip", lambda *_: False)
+        monkeypatch.setattr(launch, "ROWS_A_LAUNCH", 2)
+    return request.param
+
+
+def make(N, C, rank, dtype=torch.float32, seed=0):
+    """Student, teacher and labels of a given rank; the teacher's logits are quarters, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed + 31 * N + C)
+    student = (2 * torch.randn(N, C, generator=generator)).to(dtype)
+    teacher = (torch.randn(N, C, generator=generator) * 12).round().div(4).to(dtype)
+    order = teacher.argsort(dim=-1, descending=True, stable=True)
+    anywhere = torch.randint(C, (N,), generator=generator)
+    place = torch.as_tensor({"right": 0, "few": torch.arange(N) % 5, "last": C - 1, "random": anywhere}[rank])
+    return student, teacher, order[torch.arange(N), place.clamp(max=C - 1)]
+
+
+def expected(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
+             grad_loss=None, dtype=torch.float64):  # fmt: skip
+    """Loss, parts, rank and gradients by autograd through the reference."""
+    student = student.to(dtype).detach().requires_grad_()
+    temperature = torch.as_tensor(temperature, dtype=dtype).detach().requires_grad_()
+    kd, ce, rank = reference.loss_rows(
+        student, teacher.to(dtype), target, temperature=temperature, correction=correction, decoupled=method[0],
+        standardized=method[1], alpha=WEIGHTS[1], beta=WEIGHTS[2],
+    )  # fmt: skip
+    parts = [reduce_rows(x, target, reduction, -100, target.shape) for x in (kd, ce)]
+    loss = WEIGHTS[0] * parts[0] + WEIGHTS[3] * parts[1]
+    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(dtype))
+    return loss.detach(), parts[0].detach(), parts[1].detach(), rank, student.grad, temperature.grad
+
+
+def run(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
+        grad_loss=None, indices=None, uniform=False, class_dim=-1, with_grad=True):  # fmt: skip
+    """The backend's loss."""
+    learned = isinstance(temperature, torch.Tensor)
+    kd_weight, alpha, beta, ce_weight = WEIGHTS
+    return backend.loss_forward(
+        student, teacher, indices, target, temperature if learned else None, 1.0 if learned else temperature,
+        CORRECTIONS.index(correction), method[0], kd_weight, alpha, beta, ce_weight, method[1], uniform, class_dim,
+        reduction, -100, True, grad_loss, with_grad,
+    )  # fmt: skip
+
+
+def check(got, truth, plain):
+    """float32 results against the truth in float64, judged by what the same formula in plain float32 PyTorch errs.
+
+    Twice that error plus 8 units in the last place of the largest value: both are rounding noise, of other sums.
+    """
+    assert torch.equal(got[3], truth[3])
+    names = ("loss", "kd", "ce", "rank", "grad_student", "grad_temperature")
+    for name, g, t, p in zip(names, got, truth, plain, strict=True):
+        if name == "rank" or not g.numel():
+            continue
+        assert g.shape == t.shape, name
+        largest = t.abs().max() if t.numel() else 0
+        error, slack = (g.double() - t).abs().max(), (p.double() - t).abs().max()
+        assert error <= 2 * slack + 8 * 2**-24 * largest, (name, float(error), float(slack), float(largest))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kd_and_ce(case, correction):
+    inputs, keywords = make(*case), {"correction": correction}
+    check(run(*inputs, **keywords), expected(*inputs, **keywords), expected(*inputs, **keywords, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("correction", ["none", "sort"])
+def test_methods(path, correction, method):
+    """DKD, z-score and a temperature a row with its gradient, alone and together, in both kernels."""
+    inputs = make(3, 70, "random")
+    inputs[2][1] = -100
+    temperature = torch.tensor([1.5, 3.0, 7.0]) if method[2] else 3.0
+    keywords = {"temperature": temperature, "correction": correction, "method": method}
+    check(run(*inputs, **keywords), expected(*inputs, **keywords), expected(*inputs, **keywords, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_float64(path, correction):
+    """Doubles keep their precision through every sum, and through a sort of twice 32 bits."""
+    student, teacher, target = make(2, 90, "last", torch.float64)
+    teacher[:, ::3] += 1e-12 * torch.arange(30)  # differences in the lower half of the bits only
+    target[1] = teacher[1].argmax()
+    keywords = {"temperature": torch.tensor(2.5, dtype=torch.float64), "correction": correction, "method": METHODS[-1]}
+    got, truth = run(student, teacher, target, **keywords), expected(student, teacher, target, **keywords)
+    assert torch.equal(got[3], truth[3])
+    for g, t in ((got[0], truth[0]), (got[4], truth[4]), (got[5].sum(), truth[5])):
+        torch.testing.assert_close(g, t, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", [NONE, SUM, MEAN])
+def test_reductions(reduction, monkeypatch):
+    """With ignored rows, an upstream gradient, and row sums in one stage and in two."""
+    monkeypatch.setattr(launch, "ROW_BLOCK", 2)
+    inputs = make(19, 10, "random")
+    inputs[2][::4] = -100
+    keywords = {"reduction": reduction, "grad_loss": torch.rand(19) + 0.5 if reduction == NONE else torch.tensor(3.0)}
+    got, plain = run(*inputs, **keywords), expected(*inputs, **keywords, dtype=torch.float32)
+    check(got, expected(*inputs, **keywords), plain)
+    without = run(*inputs, **keywords, with_grad=False)
+    assert without[4].numel() == without[5].numel() == 0 and torch.equal(without[0], got[0])
+
+
+def test_empty_and_ignored():
+    """What F.cross_entropy gives: NaN for the mean over no row, 0 for the sum, and gradients of 0."""
+    student, teacher, _ = make(3, 7, "random")
+    student[0, 0] = teacher[1, 1] = torch.nan
+    for rows in (0, 3):
+        inputs = student[:rows], teacher[:rows], torch.full((rows,), -100)
+        mean, total = run(*inputs, reduction=MEAN), run(*inputs, reduction=SUM)
+        assert mean[0].isnan() and total[0] == 0 and mean[4].shape == (rows, 7) and not mean[4].any()
+        assert not mean[3].any()
+
+
+def test_special_rows(path):
+    """NaN and +inf spoil their row and no other; -inf is a class that is never chosen."""
+    student, teacher, target = make(8, 21, "random")
+    teacher[5] = teacher[4]
+    clean = run(student, teacher, target, reduction=NONE)
+    student[0, 3], teacher[1, 4], student[2, target[2]], teacher[3, 2] = torch.nan, torch.nan, torch.inf, torch.inf
+    teacher[6] = -torch.inf
+    teacher[4, torch.arange(21) != target[4]] = -torch.inf  # certain
+    teacher[5, target[5]] = -torch.inf  # takes the maximum all the same
+    teacher[7, ::2] = student[7, ::2] = -torch.inf
+    target[7] = 1
+    got, truth = (f(student, teacher, target, reduction=NONE) for f in (run, expected))
+    broken = torch.tensor([0, 1, 2, 3, 6])
+    assert got[0][broken].isnan().all() and got[4][broken].isnan().all()
+    assert clean[0].isfinite().all()
+    torch.testing.assert_close(got[0][[4, 5, 7]].double(), truth[0][[4, 5, 7]], rtol=1e-6, atol=1e-6)
+    q, p = (torch.softmax(x.double() / 4, -1) for x in (student, reference.sort_logits(teacher, target)))
+    onehot = torch.nn.functional.one_hot(target, 21)
+    gradient = 0.9 * 4 * (q - p) + 0.1 * (torch.softmax(student.double(), -1) - onehot)
+    torch.testing.assert_close(got[4][[4, 5, 7]].double(), gradient[[4, 5, 7]], rtol=1e-5, atol=1e-6)
+
+
+def test_dkd_of_a_certain_student():
+    """q_y rounds to 1: the usual chain gives NaN, these gradients are finite and equal to the reference's."""
+    student, teacher, target = make(2, 9, "few")
+    student[torch.arange(2), target] += 400
+    got, truth = (f(student, teacher, target, method=METHODS[4], reduction=SUM) for f in (run, expected))
+    torch.testing.assert_close(got[4].double(), truth[4], rtol=1e-5, atol=1e-6)
+    constant = run(torch.ones(2, 9), teacher, target, method=METHODS[2], reduction=NONE)
+    truth = expected(torch.ones(2, 9), teacher, target, method=METHODS[2], reduction=NONE)
+    torch.testing.assert_close(constant[0].double(), truth[0], rtol=4e-6, atol=0)
+
+
+LAYOUTS = {
+    "[N, C, H, W]": (1, lambda x: x.view(2, 3, 1, 40).permute(0, 3, 1, 2).contiguous()),
+    "channels last": (1, lambda x: x.view(2, 3, 1, 40).permute(0, 3, 1, 2)),
+    "transposed": (-1, lambda x: x.t().contiguous().t()),
+    "expanded": (-1, lambda x: x[:1].expand(6, 40)),
+    "sliced": (-1, lambda x: x.repeat_interleave(2, 1)[:, 1::2]),
+    "one row": (-1, lambda x: x[0]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    """Any strides, against the same rows made contiguous; and the rescaling of a gradient of that layout."""
+    class_dim, view = LAYOUTS[layout]
+    *logits, target = make(6, 40, "few")
+    logits = [view(x) for x in logits]
+    rows = [x.movedim(class_dim, -1) for x in logits]
+    shape = rows[0].shape[:-1]
+    target = target[: shape.numel()].view(shape)
+    got = run(*logits, target, class_dim=class_dim)
+    want = run(*(x.reshape(-1, 40) for x in rows), target.reshape(-1))
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[4].movedim(class_dim, -1).reshape(-1, 40), want[4], rtol=1e-5, atol=1e-8)
+    for factor in (torch.tensor(1.0), torch.tensor(3.0), torch.rand(shape)):
+        scaled = backend.scale_gradient(got[4].clone(), factor, class_dim)
+        assert torch.equal(scaled, got[4] * (factor.unsqueeze(class_dim) if factor.dim() else factor))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("k", [8, 40])
+def test_top_k_teacher(k, uniform):
+    """The full op on the row written out; labels outside the k, and below the tail (a server's appended label)."""
+    student, teacher, target = make(3, 40, "random")
+    values, indices = torch.log_softmax(teacher, -1).topk(k, -1, sorted=False)
+    target[0], target[1] = indices[0, 3], indices[1, 2]
+    values[1, 2], target[2] = -40.0, next((c for c in range(40) if c not in indices[2]), 0)
+    dense = reference.densify_top_k(values.double(), indices, 40, uniform)
+    got = run(student, values, target, indices=indices, uniform=uniform, reduction=NONE)
+    truth = expected(student, dense, target, reduction=NONE)
+    assert torch.equal(got[3], truth[3])
+    torch.testing.assert_close(got[0].double(), truth[0], rtol=3e-6, atol=1e-5)
+    torch.testing.assert_close(got[4].double(), truth[4], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_sort_logits(correction, dtype):
+    """Bit for bit: values only move."""
+    _, teacher, target = make(4, 90, "random", dtype)
+    teacher[0, 7], target[1], teacher[1, 3] = torch.nan, -100, torch.nan
+    teacher[2, :9], teacher[2, 10] = 0.0, -0.0
+    got = backend.sort_logits(teacher, target, CORRECTIONS.index(correction), -100)
+    want = reference_sort_logits(teacher, target, CORRECTIONS.index(correction), -100)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bad_label():
+    """On CPU tensors what the CPU kernels raise; the assertion of the GPU is in test_compiled."""
+    student, teacher, _ = make(2, 5, "right")
+    with pytest.raises(IndexError, match=r"target in \[0, 5\) or ignore_index -100, got 5 in row 1"):
+        run(student, teacher, torch.tensor([0, 5]))
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails on every op that would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func) and "equal" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation(monkeypatch):
+    for module in (backend.loss, backend.logits):
+        monkeypatch.setattr(module, "check_labels", lambda *_: None)  # reads labels, on the CPU only
+    student, teacher, target = make(3, 20, "random")
+    with NoHostRead():
+        got = run(student, teacher, target, temperature=torch.tensor(2.0), grad_loss=torch.tensor(2.0))
+        backend.scale_gradient(got[4], got[0], -1)
+        backend.sort_logits(teacher, target, 1, -100)
+
+
+def test_compiled():
+    """Each kernel compiles for each target; a row on chip is read once, in 128-bit loads, and does not spill."""
+    command = [sys.executable, "-m", "sortkd_kernels.backends.triton.offline"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr[-4000:]
+    kernels = [json.loads(line) for line in output.stdout.splitlines()]
+    assert {k["target"] for k in kernels} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for k in kernels:
+        if k["kernel"] != "sort_kd_tile":
+            # Addresses and scalars of the sort may go to the stack beside a row that streams.
+            assert k["spilled"] <= 160, k
+            continue
+        # 32 values of both sides a lane leave no register: sm_80 pushes out 70 words at the last size.
+        assert k["spilled"] <= (288 if k["C"] == 16384 else 0), k
+        if k["target"] != "gfx942":
+            assert k["asserts"] and k["registers"] <= 65536 // (32 * k["warps"]), k
+            vectors = 0 if k["dense"] else k["classes"] * k["bytes"] // (16 * 32 * k["warps"])
+            assert (k["loads"], k["stores"]) == (2 * vectors, vectors), k

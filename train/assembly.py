@@ -1,0 +1,83 @@
+"""A run's parts put together from its configuration: data, models, teacher, optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from .checkpoint import seed_everything
+from .config import ConfigError
+from .data import Loaders, build_loaders
+from .data.seeds import derive_seed
+from .distillers import Distiller
+from .distributed import World
+from .loop import AMP_DTYPES, Trainer
+from .models import build_model
+from .naming import teacher_weights
+from .schema import Config
+from .teacher import Teacher, build_teacher, state_digest
+
+
+def build_trainer(config: Config, world: World, loaders: Loaders | None = None) -> Trainer:
+    """Student, data, teacher and optimizer of a configuration, the generators seeded."""
+    loaders = loaders or make_loaders(config, world)
+    seed_everything(config.EXPERIMENT.SEED)  # the same weights on every rank
+    student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
+    distiller = Distiller(student, config)
+    teacher = None if config.DISTILLER.TYPE == "NONE" else make_teacher(config, loaders, world)
+    trainer = Trainer(config, loaders, distiller, teacher, world)
+    seed_everything(derive_seed("rank", config.EXPERIMENT.SEED, world.rank))  # other dropout on every rank
+    return trainer
+
+
+def make_loaders(config: Config, world: World) -> Loaders:
+    """The configured data; SOLVER.BATCH_SIZE is that of all ranks together."""
+    per_rank, left = divmod(config.SOLVER.BATCH_SIZE, world.size)
+    if left or not per_rank:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE: expected a multiple of the {world.size} ranks, got {config.SOLVER.BATCH_SIZE}"
+        )
+    dataset = config.DATASET
+    try:
+        return build_loaders(
+            dataset.TYPE, Path(dataset.ROOT), batch_size=per_rank, test_batch_size=dataset.TEST.BATCH_SIZE,
+            num_workers=dataset.NUM_WORKERS, device=world.device, seed=config.EXPERIMENT.SEED, rank=world.rank,
+            world_size=world.size, views=config.TEACHER.CACHE_VIEWS, view_seed=config.TEACHER.CACHE_SEED,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"DATASET.ROOT: {error}") from error
+
+
+def make_model(
+    key: str, config: Config, num_classes: int, image_shape: tuple[int, ...], weights: str | None = None
+) -> nn.Module:
+    """The model that the configuration names under `key`, DISTILLER.STUDENT or DISTILLER.TEACHER."""
+    kind = config.DATASET.TYPE
+    if kind == "imagefolder":  # it has no models of its own, and the two zoos' networks fit its images by their size
+        kind = "cifar100" if image_shape[-1] <= 64 else "imagenet"
+    name = config.DISTILLER.STUDENT if key == "DISTILLER.STUDENT" else config.DISTILLER.TEACHER
+    try:
+        return build_model(name, num_classes, dataset=kind, weights=weights)
+    except (ValueError, ImportError) as error:
+        keys = key if weights is None else f"{key}, TEACHER.WEIGHTS"
+        raise ConfigError(f"{keys}: {error}") from error
+
+
+def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:
+    """The frozen teacher, or its cache."""
+    name, weights = config.DISTILLER.TEACHER, teacher_weights(config)
+    try:
+        model = make_model("DISTILLER.TEACHER", config, loaders.num_classes, loaders.image_shape, weights)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"TEACHER.WEIGHTS: {error}; train this teacher with `python train/run.py --cfg "
+            f"train/configs/{config.DATASET.TYPE}/vanilla.yaml DISTILLER.STUDENT {name}` and give its checkpoint, or "
+            f"unpack mdistiller's cifar_teachers.tar (its release `checkpoints` on GitHub) into {config.TEACHER.ROOT}"
+        ) from error
+    amp = config.SOLVER.AMP if config.TEACHER.AMP == "same" else config.TEACHER.AMP
+    return build_teacher(
+        model.to(world.device), loaders, weights_digest=state_digest(model), views=config.TEACHER.CACHE_VIEWS,
+        cache_dir=Path(config.TEACHER.CACHE_DIR or Path(config.DATASET.ROOT) / "teacher_cache"),
+        amp_dtype=AMP_DTYPES[amp], compile=config.TEACHER.COMPILE, channels_last=True,
+    )  # fmt: skip

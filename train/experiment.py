@@ -1,0 +1,135 @@
+"""One run from its configuration: trained, resumed or evaluated, and the files that it leaves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assembly import build_trainer, make_loaders, make_model
+from .checkpoint import Checkpoints, generator_states, read, set_generator_states
+from .config import ConfigError, flatten
+from .data import Loaders
+from .distributed import World, gather
+from .logs import Progress, Row, RunLog
+from .loop import AMP_DTYPES, evaluate
+from .models import load_weights
+from .naming import method_label, run_folder, run_name
+from .plots import plot_run
+from .schema import Config
+from .summary import Run, statistics_of
+
+# A resumed run may differ in these: they change where it runs, what it keeps and how long, not what an epoch computes.
+_FREE = ("LOG.", "EXPERIMENT.DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "TEACHER.CACHE_DIR", "SOLVER.EPOCHS")
+
+
+def train(
+    config: Config,
+    world: World,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    loaders: Loaders | None = None,
+) -> Run:
+    """Train to the last epoch, from the newest checkpoint with `resume`; the folder then holds the whole run.
+
+    `overwrite` removes an earlier run in the same folder; `quiet` leaves out the line of each epoch; `loaders` takes
+    the place of the configured data's.
+    """
+    folder = run_folder(config)
+    checkpoints = Checkpoints(folder / "checkpoints", config.LOG.SAVE_CHECKPOINT_FREQ)
+    # One rank chooses for all: two that started from different epochs would wait for each other for ever.
+    newest = gather(checkpoints.newest() if resume and world.is_main else None, world)[0]
+    state = None if newest is None else read(newest)
+    if state is not None:
+        _check_same(config, state, world)
+    elif world.is_main and resume:
+        warnings.warn(f"--resume: no checkpoint in {checkpoints.folder} yet; starting from the beginning", stacklevel=2)
+    elif world.is_main and checkpoints.epochs():
+        _clear(folder, overwrite=overwrite)
+    trainer = build_trainer(config, world, loaders)
+    if state is not None:
+        trainer.load(state)
+        set_generator_states(state["generators"][world.rank])
+    history, steps, epochs = trainer.history, len(trainer.loaders.train), config.SOLVER.EPOCHS
+    label = f"{config.EXPERIMENT.NAME or method_label(config)} seed {config.EXPERIMENT.SEED}"
+    progress = Progress(label, steps, epochs, len(history), shown=world.is_main)
+    log = RunLog(folder, config, history, len(history) * steps + 1) if world.is_main else None
+    try:
+        for epoch in range(len(history) + 1, epochs + 1):
+            row = trainer.train_epoch(epoch, progress, log)
+            row |= trainer.evaluate()
+            history.append(row)
+            row["best_top1"] = trainer.best["test_top1"]
+            generators = gather(generator_states(), world)
+            if log is not None:
+                state = {**trainer.state(), "generators": generators, "config": config.model_dump()}
+                checkpoints.save(epoch, state, is_best=trainer.best is row)
+                log.epoch(row, epoch * steps)
+            progress.epoch(row, None if quiet else _line(row, trainer.best))
+    finally:
+        progress.close()
+        if log is not None:
+            log.close()
+    run = Run(folder, config, history)
+    if world.is_main:
+        plot_run(history, folder / "curves.png", f"{run_name(config)}, seed {config.EXPERIMENT.SEED}")
+        (folder / "summary.json").write_text(json.dumps({**statistics_of([run]), **machine(world)}, indent=1) + "\n")
+    gather(None, world)  # on every rank the files are there once this returns
+    return run
+
+
+def evaluate_checkpoint(config: Config, path: Path, world: World) -> Row:
+    """The test numbers of a checkpoint's weights, ours or a published file's, as the configured student."""
+    loaders = make_loaders(config, world)
+    student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
+    try:
+        load_weights(student, path)
+    except ValueError as error:
+        raise ConfigError(f"--eval: {error}") from error
+    student.to(world.device, memory_format=torch.channels_last)
+    return evaluate(student, loaders.test, world, AMP_DTYPES[config.SOLVER.AMP])
+
+
+def machine(world: World) -> dict[str, Any]:
+    """Where a run ran."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} CPU",
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _clear(folder: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise ConfigError(
+            f"EXPERIMENT.NAME: expected a new run folder, got {folder}, which holds a run; continue it with --resume, "
+            "or choose another EXPERIMENT.NAME or EXPERIMENT.SEED, or delete the folder"
+        )
+    shutil.rmtree(folder)
+
+
+def _check_same(config: Config, state: dict[str, Any], world: World) -> None:
+    now, then = flatten(config.model_dump()), flatten(state["config"])
+    changed = [key for key in now if now[key] != then.get(key) and not key.startswith(_FREE)]
+    if changed:
+        differences = ", ".join(f"{key} {then.get(key)!r} instead of {now[key]!r}" for key in changed)
+        raise ConfigError(f"--resume: expected the configuration of the run, got a checkpoint with {differences}")
+    if len(state["generators"]) != world.size:
+        raise ConfigError(f"--resume: expected {len(state['generators'])} ranks, as the run had, got {world.size}")
+
+
+def _line(row: Row, best: Row) -> str:
+    return (
+        f"epoch {row['epoch']}: loss {row['train_loss']:.4f}, train {row['train_top1']:.2f}%, "
+        f"test {row['test_top1']:.2f}% (best {best['test_top1']:.2f}%), corrected {100 * row['corrected']:.2f}%, "
+        f"T {row['temperature']:.3g}, lr {row['lr']:.3g}, {row['images_per_s']:.0f} images/s"
+    )

@@ -1,0 +1,37 @@
+"""Compare runs: `python train/report.py RUN...` prints a markdown table and draws the methods side by side.
+
+A RUN is a run's folder or any folder above some; runs that differ in the seed alone make one row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write `report.md` and `report.png`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where report.md and .png go")
+    arguments = parser.parse_args(argv)
+    from train.plots import plot_groups
+    from train.summary import find_runs, group_runs, histories, markdown_table
+
+    try:
+        groups = group_runs(find_runs(arguments.runs))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"{error}")
+    plot = arguments.out / "report.png"
+    plot_groups(histories(groups), plot, "Comparison of runs")
+    notes = "Test accuracy in percent, mean ± standard deviation over seeds."
+    text = f"{markdown_table(groups)}\n\n{notes}\n\n![curves]({plot.name})\n"
+    (arguments.out / "report.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as in run.py
+    main()

@@ -1,0 +1,119 @@
+"""Finished runs read back, grouped by seed, and put into a table."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import validate
+from .naming import method_label
+from .schema import Config
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds."""
+
+    folder: Path
+    config: Config
+    history: list[Row]
+
+    @property
+    def best(self) -> float:
+        """The highest test accuracy of any epoch: the field's number."""
+        return max(row["test_top1"] for row in self.history)
+
+    @property
+    def last(self) -> float:
+        """The test accuracy after the last epoch: the one that no choice of epoch has touched."""
+        return self.history[-1]["test_top1"]
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    if not history:
+        raise ValueError(f"report: expected finished epochs in {folder / 'metrics.csv'}, got none")
+    return Run(folder, validate(yaml.safe_load((folder / "config.yaml").read_text())), history)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run in or below `paths`, in their order."""
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        folders = sorted(file.parent for file in path.rglob("metrics.csv"))
+        if not folders:
+            raise FileNotFoundError(f"report: expected a run, or a folder of runs, at {path}, got no metrics.csv there")
+        runs |= {folder.resolve(): read_run(folder) for folder in folders}
+    return list(runs.values())
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in the seed alone, under a label that tells the groups apart."""
+    folders: dict[Path, list[Run]] = {}
+    for run in runs:
+        folders.setdefault(run.folder.resolve().parent, []).append(run)
+    labels = {folder: method_label(group[0].config) for folder, group in folders.items()}
+    for pick in (lambda folder: _pair(folders[folder][0].config), lambda folder: f"{folder.parent.name}/{folder.name}"):
+        if len(set(labels.values())) < len(labels):
+            labels = {folder: f"{label}, {pick(folder)}" for folder, label in labels.items()}
+    return {labels[folder]: group for folder, group in folders.items()}
+
+
+def histories(groups: Mapping[str, Sequence[Run]]) -> dict[str, list[list[Row]]]:
+    """The groups' rows of numbers alone, for a plot."""
+    return {label: [run.history for run in group] for label, group in groups.items()}
+
+
+def statistics_of(group: Sequence[Run]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds of a group, and what else a table tells."""
+    first = group[0]
+    epochs = [row for run in group for row in run.history]
+    return {
+        "method": method_label(first.config),
+        "pair": _pair(first.config),
+        "seeds": [run.config.EXPERIMENT.SEED for run in group],
+        "epochs": len(first.history),
+        "best": spread([run.best for run in group]),
+        "last": spread([run.last for run in group]),
+        "corrected": statistics.fmean(row["corrected"] for row in epochs),
+        "mean_rank": statistics.fmean(row["mean_rank"] for row in epochs),
+        "seconds_per_epoch": statistics.fmean(row["seconds"] for row in epochs),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the values themselves."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
+
+
+def markdown_table(groups: Mapping[str, Sequence[Run]]) -> str:
+    """The comparison as a markdown table."""
+    header = ["", "models", "seeds", "epochs", "top-1 best", "top-1 last", "corrected rows", "s per epoch"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for label, group in groups.items():
+        facts = statistics_of(group)
+        cells = [label, facts["pair"], str(len(group)), str(facts["epochs"])]
+        cells += [_plus_minus(facts["best"]), _plus_minus(facts["last"])]
+        cells += [f"{100 * facts['corrected']:.1f}%", f"{facts['seconds_per_epoch']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _plus_minus(values: Mapping[str, Any]) -> str:
+    return f"{values['mean']:.2f}" + ("" if values["std"] is None else f" ± {values['std']:.2f}")
+
+
+def _pair(config: Config) -> str:
+    distiller = config.DISTILLER
+    return distiller.STUDENT if distiller.TYPE == "NONE" else f"{distiller.TEACHER} → {distiller.STUDENT}"
