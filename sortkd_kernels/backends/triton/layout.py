@@ -31,6 +31,8 @@ class Rows(NamedTuple):
 def as_rows(logits: Tensor, class_dim: int) -> Rows:
     """The rows of ``logits`` along ``class_dim``."""
     dim = class_dim % logits.dim()
+    if logits.numel() == 0:
+        return Rows(logits, 0, 0, 1)  # no strides of an empty tensor collapse, and none is used
     size, stride = logits.shape, logits.stride()
     outer = _collapsed(size[:dim], stride[:dim], math.prod(size[dim:]))
     inner = _collapsed(size[dim + 1 :], stride[dim + 1 :], 1)

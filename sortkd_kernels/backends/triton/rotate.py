@@ -29,7 +29,8 @@ def correct_in_registers(t, classes, above, rank, t_y, CORRECTION: tl.constexpr,
             # Exhausted rows of the tile see -inf, which is above no label, and stand still.
             value, index = tl.max(tl.where(left, t, -INFINITY), 1, return_indices=True)
             more = value > t_y
-            top = tl.maximum(top, value)
+            # Not a bare maximum: a label that is NaN must stay NaN while other rows of the tile take their steps.
+            top = tl.where(more, tl.maximum(top, value), top)
             t = tl.where(more[:, None] & (classes == holder[:, None]), value[:, None], t)
             holder = tl.where(more, index, holder)
             left = left & (classes != holder[:, None])
