@@ -53,9 +53,17 @@ at::Tensor scaled(const at::Tensor& grad, const at::Tensor& upstream, const Loss
   if (plain && is_one(upstream)) return keep ? grad.clone() : grad;
   const int64_t class_dim = config.class_dim < 0 ? config.class_dim + grad.dim() : config.class_dim;
   const at::Tensor factor = upstream.dim() ? upstream.unsqueeze(class_dim) : upstream;
-  // Unless the graph is kept, nobody reads the buffer again. In place, the product is still computed in the wider type.
-  if (plain && !keep) return at::Tensor(grad).mul_(factor);
-  return (grad * factor).to(grad.scalar_type());
+  if (!plain || keep) return (grad * factor).to(grad.scalar_type());
+  // Nobody reads the buffer again. A half buffer times float rows would be widened whole: a block at a time is not.
+  at::Tensor result = grad;
+  const int64_t rows = grad.size(0);
+  if (!upstream.dim() || class_dim == 0 || factor.scalar_type() == grad.scalar_type()) return result.mul_(factor);
+  const int64_t step = std::max<int64_t>(1, rows / 64);
+  for (int64_t row = 0; row < rows; row += step) {
+    const int64_t count = std::min(step, rows - row);
+    result.narrow(0, row, count).mul_(factor.narrow(0, row, count));
+  }
+  return result;
 }
 
 struct SortKdBackward : torch::autograd::Node {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -20,17 +19,23 @@ from sortkd_kernels import backends
 PACKAGE = Path(sortkd_kernels.__file__).parent
 
 
-def python(code: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh interpreter where `sortkd_kernels` is the one in ``path``."""
-    keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+# As where no compiler was found, and as where PyTorch brings no triton. (A copy of the package without the compiled file would
+# not do: the finder of an editable install looks for it in the checkout.)
+NO_EXTENSION = "import sys; sys.modules['sortkd_kernels._C'] = None\n"
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    """Run ``code`` in a fresh interpreter, without Triton's own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], env=keep | {"PYTHONPATH": str(path)} | environment, cwd=path, text=True,
-        capture_output=True, timeout=300,
+        [sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(PACKAGE.parent)}, cwd=PACKAGE.parent,
+        text=True, capture_output=True, timeout=300,
     )  # fmt: skip
 
 
-def check_in(code: str, path: Path = PACKAGE.parent, **environment: str) -> str:
-    done = python(code, path, **environment)
+def check_in(code: str) -> str:
+    done = python(code)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -109,7 +114,7 @@ def test_triton_on_a_cpu_says_what_it_needs():
 
 def test_the_fallback_warns_once_for_a_device():
     """A device that no compiled backend serves: the reference, with one warning that says why."""
-    backends._default.cache_clear()
+    backends._WARNED.clear()
     student = torch.randn(2, 3, device="meta")
     target = torch.zeros(2, dtype=torch.int64, device="meta")
     with warnings.catch_warnings(record=True) as caught:
@@ -124,47 +129,34 @@ def test_the_fallback_warns_once_for_a_device():
     ]
 
 
-@pytest.fixture(scope="module")
-def without_extension(tmp_path_factory):
-    """A copy of the package as it is where no compiler was found."""
-    path = tmp_path_factory.mktemp("no_compiler")
-    shutil.copytree(PACKAGE, path / PACKAGE.name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    return path
-
-
-def test_without_the_extension(without_extension):
+def test_without_the_extension():
     """Everything works on the reference, with one warning; `native` by name raises with the reason."""
     done = python(
-        "" + USE_EVERYTHING + "assert k.build_info() == {}\n"
+        NO_EXTENSION + USE_EVERYTHING + "assert k.build_info() == {}\n"
         "state = k.available_backends()['native']\n"
         "assert not state.available and 'the compiled extension is not there' in state.reason, state\n"
         "try: k.fused_sort_kd(s, t, y, backend='native')\n"
         "except RuntimeError as error: print(error)\n"
-        "print(k.__file__)\n",
-        without_extension,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    error, file = done.stdout.splitlines()
-    assert error.startswith("fused_sort_kd: backend 'native' cannot run on cpu: the compiled extension is not there (")
-    assert Path(file).is_relative_to(without_extension)
+    words = "fused_sort_kd: backend 'native' cannot run on cpu: the compiled extension is not there ("
+    assert done.stdout.startswith(words)
     assert done.stderr.count("no compiled backend for cpu") == 1
     assert "using the PyTorch reference, which is correct and slow" in done.stderr
 
 
-def test_without_the_extension_under_compile(without_extension):
+def test_without_the_extension_under_compile():
     check_in(
-        "import torch, sortkd_kernels as k\n"
+        NO_EXTENSION + "import torch, sortkd_kernels as k\n"
         "s, t, y = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9), torch.arange(6)\n"
         "f = torch.compile(lambda s: k.fused_sort_kd(s, t, y, temperature=2.0), fullgraph=True, backend='aot_eager')\n"
-        "torch.testing.assert_close(f(s), k.fused_sort_kd(s, t, y, temperature=2.0))\n",
-        without_extension,
+        "torch.testing.assert_close(f(s), k.fused_sort_kd(s, t, y, temperature=2.0))\n"
     )
 
 
 def test_without_triton():
-    """As on a machine whose PyTorch brings none."""
     check_in(
-        "import sys; sys.modules['triton'] = None\n" + USE_EVERYTHING + "assert k.build_info()\n"
+        NO_TRITON + USE_EVERYTHING + "assert k.build_info()\n"
         "state = k.available_backends()['triton']\n"
         "assert not state.available and state.reason == 'triton is not installed', state\n"
         "try: k.fused_sort_kd(s, t, y, backend='triton')\n"
@@ -173,8 +165,8 @@ def test_without_triton():
     )
 
 
-def test_without_both(without_extension):
-    check_in("import sys; sys.modules['triton'] = None\n" + USE_EVERYTHING, without_extension)
+def test_without_both():
+    check_in(NO_EXTENSION + NO_TRITON + USE_EVERYTHING)
 
 
 def test_importing_compiles_nothing_and_starts_no_device():

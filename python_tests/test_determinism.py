@@ -66,7 +66,7 @@ def test_two_threads_share_the_rows(threads):
     assert whole - own > 0.2 * whole
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.temperature != "row"], ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "row" not in str(v.temperature)], ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(variant):
     """Alone, in a batch, in a tile's rest: the same bits."""
     temperature = variant.make_temperature(1)

@@ -1,4 +1,4 @@
-"""The arrows of the design, read from the imports and includes, and the calls that the package does without."""
+"""The arrows of the design, read from the imports and includes, and calls that have no place in the package."""
 
 from __future__ import annotations
 
@@ -6,94 +6,178 @@ import ast
 import re
 from pathlib import Path
 
+import cases
 import pytest
+import torch
+from cases import VARIANTS
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "sortkd_kernels"
+import sortkd_kernels
 
-# Module -> what it may import of the package. A backend stands on torch, triton and the extension alone.
-ALLOWED = {
+ROOT = Path(sortkd_kernels.__file__).parent.parent
+PACKAGE, CSRC = ROOT / "sortkd_kernels", ROOT / "csrc"
+
+# Module of the package: the modules of the package that it may import. `reference` is a backend like the others, so `ops`
+# registers it.
+ARROWS = {
     "__init__": {"backends", "fused_sort_kd", "losses"},
     "fused_sort_kd": {"backends", "checks", "ops"},
     "losses": {"fused_sort_kd"},
     "ops": {"backends", "checks", "reference", "triton_ops"},
-    "triton_ops": {"backends"},
+    "triton_ops": {"backends", "checks"},
     "checks": set(),
     "reference": set(),
-    "backends/__init__": set(),
+    "backends": {"_C"},
 }
-# Header or source -> what it may include of csrc.
+# Beyond the standard library.
+THIRD_PARTY = {"backends": {"torch"}, "backends.triton": {"torch", "triton"}}
+STANDARD = {
+    "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "os", "pathlib", "re", "subprocess",
+    "sys", "tempfile", "typing", "warnings",
+}  # fmt: skip
+
+# Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between the dispatcher's side (schemas,
+# autograd) and each device's forward.cpp; launch.h the one between that and the row kernels, which see no tensor.
+BRIDGES = {"launch.h", "row_math.h"}
 INCLUDES = {
+    "ops.cpp": {"ops.h", "launch.h", "preconditions.h"},
+    "autograd.cpp": {"ops.h"},
+    "ops.h": set(),
     "launch.h": set(),
     "row_math.h": set(),
     "preconditions.h": set(),
-    "ops.h": set(),
-    "ops.cpp": {"ops.h", "launch.h"},
-    "autograd.cpp": {"ops.h"},
     "cpu/forward.cpp": {"ops.h", "launch.h", "preconditions.h"},
-    "cpu/dispatch.cpp": {"launch.h"},
-    "cpu/simd.h": set(),
-    "cpu/row.h": {"cpu/simd.h"},
-    "cpu/row_io.h": {"cpu/simd.h"},
-    "cpu/order.h": {"launch.h", "cpu/row.h"},
-    "cpu/row_loss.h": {"row_math.h", "cpu/order.h", "cpu/simd.h"},
-    "cpu/rows.cpp": {"cpu/row_io.h", "cpu/row_loss.h"},
+    "cuda/forward.cpp": {"ops.h", "launch.h", "preconditions.h"},
 }
+# What the row kernels may use of PyTorch: vectors, threads, number types.
+KERNEL_HEADERS = r"c10/(util|core/ScalarType)|ATen/(cpu/vec/vec\.h|Parallel\.h|Version\.h)|cuda|curand|cub/"
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, by their names in it."""
-    found = set()
+def imports(path: Path) -> list[tuple[str, ...]]:
+    """Every import of a file, as the dotted parts of the full name."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sortkd_kernels"):
-            found.add(node.module.removeprefix("sortkd_kernels").lstrip(".").split(".")[0] or "__init__")
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("sortkd_kernels")}
+        if isinstance(node, ast.Import):
+            found += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            found += [(*base, alias.name) for alias in node.names]
     return found
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "__init__" if parts == ("__init__",) else ".".join(p for p in parts if p != "__init__")
+
+
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=module_of)
+def test_python_arrows(path):
+    module = module_of(path)
+    layer = "backends.triton" if module.startswith("backends.triton") else module
+    for name in imports(path):
+        if name[0] == "sortkd_kernels":
+            if layer == "backends.triton":
+                assert name[1:3] == ("backends", "triton"), f"{module} imports {'.'.join(name)}"
+            else:
+                assert name[1] in ARROWS[module], f"{module} imports {'.'.join(name)}"
+        else:
+            allowed = THIRD_PARTY.get(layer, {"torch"}) | STANDARD
+            assert name[0] in allowed, f"{module} imports {'.'.join(name)}"
+
+
 def test_every_module_has_its_arrows():
-    modules = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
-    assert {m for m in modules if not m.startswith("backends/triton/")} == set(ALLOWED)
+    modules = {module_of(p).split(".")[0] for p in PYTHON}
+    assert modules == set(ARROWS)
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_imports(module):
-    assert imports_of(PACKAGE / f"{module}.py") <= ALLOWED[module]
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
+def test_training_uses_public_names(path):
+    for name in imports(path):
+        assert name[0] not in ("benchmarks", "python_tests")
+        if name[0] == "sortkd_kernels":
+            assert name[1:] == () or (len(name) == 2 and name[1] in sortkd_kernels.__all__), ".".join(name)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sortkd_kernels":
+            assert node.attr in (*sortkd_kernels.__all__, "__version__")
 
 
-def test_the_triton_kernels_know_nothing_of_the_package_around_them():
-    inside = {p.stem for p in (PACKAGE / "backends" / "triton").glob("*.py")} | {"launch"}
-    for path in (PACKAGE / "backends" / "triton").glob("*.py"):
-        assert imports_of(path) <= inside, path.name
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(CSRC)))
+def test_native_arrows(path):
+    name = str(path.relative_to(CSRC))
+    folder = name.split("/")[0] + "/" if "/" in name else ""
+    kernel = folder and name not in INCLUDES
+    for brackets, header in re.findall(r'#include ([<"])([^>"]+)[>"]', path.read_text()):
+        if brackets == '"':
+            target = str((path.parent / header).resolve().relative_to(CSRC))
+            own = kernel and target.startswith(folder)
+            assert own or target in INCLUDES.get(name, BRIDGES), f"{name} includes {target}"
+        elif kernel and re.match(r"torch/|ATen/|c10/|cu", header):
+            assert re.match(KERNEL_HEADERS, header), f"{name} includes {header}: a row kernel sees no tensor"
+        elif name in ("row_math.h", "launch.h"):
+            assert re.fullmatch(r"[a-z]+|c10/core/ScalarType\.h", header), f"{name} includes {header}"
+        if path.suffix in (".cu", ".cuh"):
+            assert not re.match(r"torch/|ATen/", header), f"{name} includes {header}: nvcc takes minutes over it"
 
 
-def test_includes():
-    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    assert {str(p.relative_to(ROOT / "csrc")) for p in files} == set(INCLUDES)
-    for path in files:
-        name = str(path.relative_to(ROOT / "csrc"))
-        included = re.findall(r'#include "([^"]+)"', path.read_text())
-        resolved = {str((path.parent / i).resolve().relative_to(ROOT / "csrc")) for i in included}
-        assert resolved <= INCLUDES[name], name
+# Calls that wait for a device, copy from it, or read a value into Python.
+SYNCHRONISING = {"item", "tolist", "equal", "allclose", "cpu", "numpy", "nonzero", "synchronize", "argwhere", "unique"}
+# These return at once for any device but the CPU, whose values may be looked at.
+ON_THE_CPU_ONLY = {("ops", "_check_labels"), ("backends.triton.layout", "check_labels")}
+# Compiles for GPUs that are not there; it runs on no user's tensor.
+TOOLS = {"backends.triton.offline"}
 
 
-def test_the_trainer_uses_public_names_alone():
-    for path in (ROOT / "train").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sortkd_kernels"):
-                assert node.module == "sortkd_kernels", f"{path.name}: {node.module}"
-                assert not any(alias.name.startswith("_") for alias in node.names), path.name
+@pytest.mark.parametrize("path", [p for p in PYTHON if module_of(p) not in TOOLS], ids=module_of)
+def test_no_call_waits_for_a_device(path):
+    module, tree = module_of(path), ast.parse(path.read_text())
+    excused = [
+        range(f.lineno, f.end_lineno + 1)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef) and (module, f.name) in ON_THE_CPU_ONLY
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SYNCHRONISING:
+            assert any(node.lineno in lines for lines in excused), f"{module}:{node.lineno} calls .{node.func.attr}()"
+        # -O removes it, and its message is for programmers.
+        assert not isinstance(node, ast.Assert), f"{module}:{node.lineno} has an assert statement"
 
 
-def test_nothing_synchronises_a_device():
-    """`.item()`, `.tolist()` and `torch.equal` wait for a GPU. The checks of labels look at CPU tensors alone."""
-    banned = re.compile(r"\.item\(|\.tolist\(|\.cpu\(|\.nonzero\(|torch\.equal|\.synchronize\(")
-    for path in PACKAGE.rglob("*.py"):
-        for line in path.read_text().splitlines():
-            if banned.search(line):
-                assert path.name in ("ops.py", "layout.py") and "wrong.nonzero()" in line, (
-                    f"{path.name}: {line.strip()}"
-                )
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_no_value_of_a_device_is_read(variant):
+    """Tensors without values stand for a GPU's: a call that looked at one would raise."""
+    with torch.device("meta"):
+        student, teacher = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9)
+        target = torch.zeros(6, dtype=torch.int64)
+    temperature = variant.make_temperature(6)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.detach().to("meta").requires_grad_(temperature.requires_grad)
+    loss = variant.function(
+        student, teacher, target, temperature=temperature, backend="reference", **variant.options
+    )
+    loss.sum().backward()
+    assert student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize("path", PYTHON + NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_hold_one_concept(path):
+    """Nothing over 300 lines; kernels of one name on every device."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    if path.suffix == ".py" and "@triton.jit" in text:
+        kernels = re.findall(r"^def (\w+)\(\n?\s*(?:student|teacher|target|kd|grad_student), ", text, re.MULTILINE)
+        assert all(name.startswith("sort_kd_") for name in kernels)
+
+
+def test_examples_of_the_tables_cover_every_kind_of_row():
+    """The table of rows says what it holds."""
+    student, teacher, target = cases.make_rows(12, 9)
+    ranks = [int((row > row[y]).sum()) for row, y in zip(teacher, target.clamp_min(0), strict=True)]
+    assert ranks[0] == 0 and ranks[1] == 4 - 1 + 1 and ranks[3] == 8
+    assert teacher[4].unique().numel() < 9
+    assert (target == cases.IGNORE).tolist() == [n % 6 == 5 for n in range(12)]
+    assert student.shape == (12, 9)

@@ -15,7 +15,7 @@ from sortkd_kernels import fused_sort_dkd, fused_sort_kd, fused_sort_kd_topk, so
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EVERY_BACKEND = pytest.mark.parametrize("backend", cases.BACKENDS)
 FUSED_BACKENDS = pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b != "reference"])
-SECOND = "second derivatives of the fused losses are not implemented|once_differentiable"
+SECOND = "second derivatives of the fused losses are not implemented"
 
 
 @EVERY_BACKEND
@@ -42,6 +42,10 @@ def test_second_derivatives(backend, dtype):
     for upstream_grad in (False, True):
         loss = fused_sort_kd(student, teacher, target, temperature=temperature, backend=backend)
         upstream = torch.tensor(1.5, requires_grad=upstream_grad)
+        if backend == "triton":  # its autograd is Python's: it refuses where the graph of the gradient would begin
+            with pytest.raises(RuntimeError, match=SECOND):
+                torch.autograd.grad(loss, (student, temperature), upstream, create_graph=True)
+            continue
         grads = torch.autograd.grad(loss, (student, temperature), upstream, create_graph=True)
         for grad in grads:
             assert grad.requires_grad

@@ -43,14 +43,16 @@ CASES = (
     (2, 129, "last"),  # one past a power of two, and the worst rank
     (2, 1000, "right"),  # ImageNet: nothing to correct
     (1, 1000, "last"),  # many runs, merged
+    (2, 17000, "few"),  # more than fits on chip
 )  # fmt: skip
 
 
 @pytest.fixture(params=["on chip", "streamed"])
 def path(request, monkeypatch):
-    """Both row kernels on the same rows; the streamed one in several launches."""
+    """Both row kernels on the same rows; the streamed one in several blocks of classes and several launches."""
     if request.param == "streamed":
         monkeypatch.setattr(launch, "on_chip", lambda *_: False)
+        monkeypatch.setattr(launch, "CLASS_BLOCK", 16)
         monkeypatch.setattr(launch, "ROWS_A_LAUNCH", 2)
     return request.param
 
@@ -168,7 +170,6 @@ def test_special_rows(path):
     """NaN and +inf spoil their row and no other; -inf is a class that is never chosen."""
     student, teacher, target = make(8, 21, "random")
     teacher[5] = teacher[4]
-    clean = run(student, teacher, target, reduction=NONE)
     student[0, 3], teacher[1, 4], student[2, target[2]], teacher[3, 2] = torch.nan, torch.nan, torch.inf, torch.inf
     teacher[6] = -torch.inf
     teacher[4, torch.arange(21) != target[4]] = -torch.inf  # certain
@@ -178,7 +179,6 @@ def test_special_rows(path):
     got, truth = (f(student, teacher, target, reduction=NONE) for f in (run, expected))
     broken = torch.tensor([0, 1, 2, 3, 6])
     assert got[0][broken].isnan().all() and got[4][broken].isnan().all()
-    assert clean[0].isfinite().all()
     torch.testing.assert_close(got[0][[4, 5, 7]].double(), truth[0][[4, 5, 7]], rtol=1e-6, atol=1e-6)
     q, p = (torch.softmax(x.double() / 4, -1) for x in (student, reference.sort_logits(teacher, target)))
     onehot = torch.nn.functional.one_hot(target, 21)

@@ -58,6 +58,9 @@ def fused_sort_kd(
     teacher's row after the correction (Sort-KD, arXiv 2508.16544). The gradient goes to the student, and to
     ``temperature`` where it is a tensor that asks for it.
 
+    Under ``torch.compile`` every new value of a float argument is a new graph: give a temperature that changes as a
+    tensor, and multiply a weight that changes every epoch outside.
+
     Args:
         student: logits ``[..., C]``, float32, float64, bfloat16 or float16.
         teacher: logits of the same shape, any of these dtypes, without ``requires_grad``.

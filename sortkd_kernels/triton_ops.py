@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import triton as kernels
 
@@ -47,7 +46,7 @@ def _(student, teacher, teacher_indices, target, temperature_tensor, *config):  
     return (
         *(student.new_empty(shape, dtype=work) for _ in range(3)),
         student.new_empty(target.shape, dtype=torch.int32),
-        student.new_empty(student.shape if with_grad else 0),
+        kernels.layout.gradient_like(student, config[9]) if with_grad else student.new_empty(0),
         student.new_empty(target.shape if learned else 0, dtype=work),
     )
 
@@ -75,8 +74,13 @@ class _Loss(torch.autograd.Function):
         return loss, kd, ce, rank
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # once_differentiable would pass a gradient on that is silently constant where `upstream` is.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "sortkd_kernels: second derivatives of the fused losses are not implemented; "
+                'backend="reference" has them (backward was called with create_graph=True)'
+            )
         if ctx.in_backward:
             student, temperature_tensor, teacher, teacher_indices, target = ctx.saved_tensors
             grad_student, rows = sort_kd_forward(

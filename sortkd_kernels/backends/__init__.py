@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -66,17 +65,16 @@ def choose(fn: str, backend: str | None, device: torch.device) -> str:
     return backend
 
 
-@functools.cache
 def _default(device: str) -> str:
-    for name in ("native", "triton"):
-        # The Triton interpreter is a test instrument: thousands of times slower than the reference on a CPU.
-        if not _problem(name, device) and not (name == "triton" and device == "cpu"):
-            return name
-    warnings.warn(
-        f"sortkd_kernels: no compiled backend for {device} ({_problem('native', device)}); using the PyTorch "
-        "reference, which is correct and slow",
-        stacklevel=4,
-    )
+    if device in _DEFAULTS:
+        return _DEFAULTS[device]
+    if device not in _WARNED and not torch.compiler.is_compiling():
+        _WARNED.add(device)
+        warnings.warn(
+            f"sortkd_kernels: no compiled backend for {device} ({_problem('native', device)}); using the PyTorch "
+            "reference, which is correct and slow",
+            stacklevel=5,
+        )
     return "reference"
 
 
@@ -111,3 +109,11 @@ _STATES = {
     "triton": _triton_state(),
     "reference": BackendState(True, ("any",), "PyTorch ops on any device"),
 }
+# The Triton interpreter is a test instrument, thousands of times slower on a CPU than the reference: never a default.
+_DEFAULTS = {
+    device: name
+    for name, devices in (("triton", ("cuda",)), ("native", ("cpu", "cuda")))
+    for device in devices
+    if not _problem(name, device)
+}
+_WARNED: set[str] = set()

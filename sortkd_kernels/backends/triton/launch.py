@@ -32,6 +32,10 @@ SHALLOW_RANK = 8
 RUN = 32 if INTERPRETED else 1024
 SMALL_RUN = 16 if INTERPRETED else 64
 
+# Classes that a streaming program takes at a time, 8 values a lane with 8 warps. At 4096 the compiler takes 200
+# registers, and one program has an SM to itself with nothing to do while a block's loads are under way.
+CLASS_BLOCK = 2048
+
 # Rows that a block of the small kernels takes at a time.
 ROW_BLOCK = 1024
 
@@ -102,12 +106,8 @@ def tile(C: int, neighbours: bool) -> Tile:
 
 
 def stream(N: int, C: int, work: torch.dtype, every_rank: bool, top_k: bool, device: torch.device) -> Stream:
-    """A launch of `sort_kd_stream`; with ``every_rank`` its programs have room for all classes of a row.
-
-    Blocks of 2048 classes, 8 values a lane with 8 warps; at 4096 the compiler takes 200 registers, and one program has
-    an SM to itself with nothing to do while a block's loads are under way.
-    """
-    block = min(2048, max(64, triton.next_power_of_2(C)))
+    """A launch of `sort_kd_stream`; with ``every_rank`` its programs have room for all classes of a row."""
+    block = min(CLASS_BLOCK, max(64, triton.next_power_of_2(C)))
     warps = max(1, block // 256)
     run = min(RUN, block)
     capacity = C if every_rank else min(C, RUN)
