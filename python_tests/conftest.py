@@ -13,8 +13,8 @@ from hypothesis import settings
 
 import sortkd_kernels
 
-# The same examples every time, so that a failure on one machine is a failure on all; no deadline, since the first call of
-# an op loads code; no database, so that a test run leaves nothing behind.
+# The same examples every time, so that a failure on one machine is a failure on all; no deadline, since the first call
+# of an op loads code; no database, so that a test run leaves nothing behind.
 settings.register_profile("sortkd", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("sortkd")
 

@@ -1,4 +1,4 @@
-"""The gradient is made in the forward pass and rescaled in the backward one: right for every upstream and every order."""
+"""The gradient is made in the forward pass and rescaled in the backward one, for every upstream and order."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def expected_gradient(dtype, upstream, **options):
     return grad
 
 
-# One rounding to the dtype, and for bfloat16 a second one by the rescaling; absolute: of what is subtracted, T / N = 0.4 at
-# most. Triton's interpreter truncates to bfloat16, hence its 2^-7.
+# One rounding to the dtype, and for bfloat16 a second one by the rescaling; absolute: of what is subtracted, T / N = 0.4
+# at most. Triton's interpreter truncates to bfloat16, hence its 2^-7.
 CLOSE = {F32: dict(rtol=3e-6, atol=3e-7), F64: dict(rtol=1e-13, atol=1e-14), BF16: dict(rtol=2**-7, atol=1e-6)}
 CLOSE[F16] = dict(rtol=2**-11 * 1.01, atol=2**-25)
 
@@ -251,7 +251,7 @@ def test_inputs_stay_as_they_are(backend, dtype):
 
 @pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b != "reference"])
 def test_a_changed_input_is_noticed(backend):
-    """float16 recomputes in the backward pass: logits that changed in between raise instead of giving another gradient."""
+    """float16 recomputes in the backward pass: logits that changed in between raise, and give no other gradient."""
     student, teacher, target = cases.make_rows(12, 9, (F16, F16))
     loss = fused_sort_kd(student.requires_grad_(), teacher, target, backend=backend)
     teacher.mul_(2)

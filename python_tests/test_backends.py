@@ -19,8 +19,8 @@ from sortkd_kernels import backends
 PACKAGE = Path(sortkd_kernels.__file__).parent
 
 
-# As where no compiler was found, and as where PyTorch brings no triton. (A copy of the package without the compiled file would
-# not do: the finder of an editable install looks for it in the checkout.)
+# As where no compiler was found, and as where PyTorch brings no triton. (A copy of the package without the compiled file
+# would not do: the finder of an editable install looks for it in the checkout.)
 NO_EXTENSION = "import sys; sys.modules['sortkd_kernels._C'] = None\n"
 NO_TRITON = "import sys; sys.modules['triton'] = None\n"
 
@@ -74,7 +74,9 @@ def test_build_info():
     assert isinstance(info["cuda"], bool)
     assert info["compiler"]
     # ATen's own choice of an instruction set, so ATEN_CPU_CAPABILITY overrides both.
-    aten = {"DEFAULT": "baseline", "NO AVX": "baseline"}.get(name := torch.backends.cpu.get_cpu_capability(), name.lower())
+    aten = {"DEFAULT": "baseline", "NO AVX": "baseline"}.get(
+        name := torch.backends.cpu.get_cpu_capability(), name.lower()
+    )
     assert info["cpu_capability"] == (aten if aten in info["cpu_capabilities"] else "baseline")
 
 
@@ -99,8 +101,8 @@ def test_triton_on_a_cpu_says_what_it_needs():
     out = check_in(
         "import torch, sortkd_kernels as k\n"
         "t, y = torch.randn(2, 3), torch.zeros(2, dtype=torch.int64)\n"
-        "for call in (lambda: k.fused_sort_kd(t, t, y, backend='triton'), lambda: k.sort_logits(t, y, backend='triton')):\n"
-        "    try: call()\n"
+        "for function, logits in ((k.fused_sort_kd, (t, t)), (k.sort_logits, (t,))):\n"
+        "    try: function(*logits, y, backend='triton')\n"
         "    except RuntimeError as error: print(error)\n"
         "print(k.available_backends()['triton'].devices)\n"
         "k.fused_sort_kd(t, t, y)\n"
@@ -125,7 +127,8 @@ def test_the_fallback_warns_once_for_a_device():
     assert loss.device.type == "meta"
     messages = [str(w.message) for w in caught if "sortkd_kernels" in str(w.message)]
     assert messages == [
-        "sortkd_kernels: no compiled backend for meta (it runs on cpu); using the PyTorch reference, which is correct and slow"
+        "sortkd_kernels: no compiled backend for meta (it runs on cpu); "
+        "using the PyTorch reference, which is correct and slow"
     ]
 
 
@@ -172,8 +175,8 @@ def test_without_both():
 def test_importing_compiles_nothing_and_starts_no_device():
     check_in(
         "import sys, torch\n"
-        "started = []\n"
-        "sys.addaudithook(lambda event, _: started.append(event) if event in ('subprocess.Popen', 'os.exec') else None)\n"
+        "started, events = [], ('subprocess.Popen', 'os.exec')\n"
+        "sys.addaudithook(lambda event, _: started.append(event) if event in events else None)\n"
         "import sortkd_kernels\n"
         "assert not started, started\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -197,13 +200,17 @@ def test_public_signatures():
     """The names and defaults that the documents promise."""
 
     def defaults(function):
-        return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+        return {
+            name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty
+        }
 
-    common = dict(correction="sort", ce_weight=0.0, kd_weight=1.0, reduction="mean", ignore_index=-100, backend=None, return_parts=False)  # fmt: skip  # noqa: E501
+    common = dict(correction="sort", ce_weight=0.0, kd_weight=1.0, reduction="mean", ignore_index=-100, backend=None, return_parts=False)  # fmt: skip
     dense = common | dict(temperature=4.0, standardize=False, class_dim=-1, inplace=False)
     assert defaults(sortkd_kernels.fused_sort_kd) == dense
     assert defaults(sortkd_kernels.fused_sort_dkd) == dense | dict(alpha=1.0, beta=8.0)
-    assert defaults(sortkd_kernels.fused_sort_kd_topk) == common | dict(temperature=4.0, tail="renormalize", inplace=False)
+    assert defaults(sortkd_kernels.fused_sort_kd_topk) == common | dict(
+        temperature=4.0, tail="renormalize", inplace=False
+    )
     assert defaults(sortkd_kernels.sort_logits) == dict(correction="sort", ignore_index=-100, backend=None)
     assert defaults(sortkd_kernels.SortKDLoss) == dict(temperature=4.0, correction="sort", ce_weight=0.1, kd_weight=0.9)
     assert sortkd_kernels.SortKDOutput._fields == ("loss", "kd", "ce", "rank")

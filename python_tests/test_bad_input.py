@@ -1,4 +1,4 @@
-"""What bad input gets: the kind of error, and words with the function, the argument, what was expected and what came."""
+"""What bad input gets: an error of the right kind that names function and argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 import cases
 import pytest
 import torch
-from cases import BF16, F16, F32, F64
+from cases import BF16, F16, F32
 
 import sortkd_kernels
 from sortkd_kernels import fused_sort_dkd, fused_sort_kd, fused_sort_kd_topk, sort_logits
@@ -34,99 +34,111 @@ def arguments(name):
     return call
 
 
+TENSOR, FLOATS = "to be a torch.Tensor", f"of dtype {LOGITS}"
+LABELS, ROWS = "of dtype int64 (class indices)", "of shape (4,) to match"
+WITH_TEACHER, TOP_K, SORT = (*FULL, "sort_logits"), ("fused_sort_kd_topk",), ("sort_logits",)
+VALUES = "of shape (4, 'k') with 0 < k <= 10"
 
-# Functions, the argument that is wrong, its value, the error, and the words behind "function: ".
+
+def zeros(*shape, dtype=torch.int64, **options):
+    return torch.zeros(*shape, dtype=dtype, **options)
+
+
+# Functions, the argument that is wrong, its value, the error, what was expected, what came.
 WRONG_TENSORS = [
-    (LOSSES, "student", [1.0], TypeError, "expected student to be a torch.Tensor, got list"),
-    (LOSSES, "student", None, TypeError, "expected student to be a torch.Tensor, got NoneType"),
-    (LOSSES, "student", torch.ones(N, C, dtype=torch.int64), TypeError, f"expected student of dtype {LOGITS}, got int64"),
-    (LOSSES, "student", torch.ones(N, C, dtype=torch.complex64), TypeError, f"expected student of dtype {LOGITS}, got complex64"),
-    (LOSSES, "student", torch.tensor(1.0), ValueError, "expected student of shape [..., C], got a 0-d tensor"),
-    ((*FULL, "sort_logits"), "teacher", "logits", TypeError, "expected teacher to be a torch.Tensor, got str"),
-    ((*FULL, "sort_logits"), "teacher", torch.ones(N, C, dtype=torch.bool), TypeError, f"expected teacher of dtype {LOGITS}, got bool"),
-    (FULL, "teacher", torch.randn(N, 7), ValueError, "expected teacher of shape (4, 10) to match student, got (4, 7)"),
-    (FULL, "teacher", torch.randn(N, C, 1), ValueError, "expected teacher of shape (4, 10) to match student, got (4, 10, 1)"),
-    (FULL, "teacher", torch.randn(N, C, device=META), ValueError, "expected teacher on cpu like student, got meta"),
-    (LOSSES, "target", [0, 1, 2, 3], TypeError, "expected target to be a torch.Tensor, got list"),
-    (LOSSES, "target", torch.zeros(N), TypeError, "expected target of dtype int64 (class indices), got float32"),
-    (LOSSES, "target", torch.zeros(N, dtype=torch.int32), TypeError, "expected target of dtype int64 (class indices), got int32"),
-    (LOSSES, "target", torch.zeros(N, C, dtype=torch.int64), ValueError, "expected target of shape (4,) to match student (4, 10), got (4, 10)"),
-    (LOSSES, "target", torch.zeros(5, dtype=torch.int64), ValueError, "expected target of shape (4,) to match student (4, 10), got (5,)"),
-    (LOSSES, "target", torch.zeros(N, dtype=torch.int64, device=META), ValueError, "expected target on cpu like student, got meta"),
-    (("sort_logits",), "teacher", torch.tensor(1.0), ValueError, "expected teacher of shape [..., C], got a 0-d tensor"),
-    (("sort_logits",), "target", torch.zeros(5, dtype=torch.int64), ValueError, "expected target of shape (4,) to match teacher (4, 10), got (5,)"),
-    (("sort_logits",), "target", torch.zeros(N), TypeError, "expected target of dtype int64 (class indices), got float32"),
-    (("fused_sort_kd_topk",), "teacher_values", [[1.0]], TypeError, "expected teacher_values to be a torch.Tensor, got list"),
-    (("fused_sort_kd_topk",), "teacher_values", torch.ones(N, K, dtype=torch.int64), TypeError, f"expected teacher_values of dtype {LOGITS}, got int64"),
-    (("fused_sort_kd_topk",), "teacher_values", torch.randn(N, 11), ValueError, "expected teacher_values of shape (4, 'k') with 0 < k <= 10, got (4, 11)"),
-    (("fused_sort_kd_topk",), "teacher_values", torch.randn(N, 0), ValueError, "expected teacher_values of shape (4, 'k') with 0 < k <= 10, got (4, 0)"),
-    (("fused_sort_kd_topk",), "teacher_values", torch.randn(5, K), ValueError, "expected teacher_values of shape (4, 'k') with 0 < k <= 10, got (5, 3)"),
-    (("fused_sort_kd_topk",), "teacher_indices", [[1]], TypeError, "expected teacher_indices to be a torch.Tensor, got list"),
-    (("fused_sort_kd_topk",), "teacher_indices", torch.zeros(N, K, dtype=torch.int32), TypeError, "expected teacher_indices of dtype int64, got int32"),
-    (("fused_sort_kd_topk",), "teacher_indices", torch.zeros(N, 2, dtype=torch.int64), ValueError, "expected teacher_indices of shape (4, 3) to match teacher_values, got (4, 2)"),
-    (("fused_sort_kd_topk",), "teacher_indices", torch.zeros(N, K, dtype=torch.int64, device=META), ValueError, "expected teacher_indices on cpu like student, got meta"),
-]  # fmt: skip  # noqa: E501
+    (LOSSES, "student", [1.0], TypeError, TENSOR, "list"),
+    (LOSSES, "student", None, TypeError, TENSOR, "NoneType"),
+    (LOSSES, "student", zeros(N, C), TypeError, FLOATS, "int64"),
+    (LOSSES, "student", zeros(N, C, dtype=torch.complex64), TypeError, FLOATS, "complex64"),
+    (LOSSES, "student", torch.tensor(1.0), ValueError, "of shape [..., C]", "a 0-d tensor"),
+    (WITH_TEACHER, "teacher", "logits", TypeError, TENSOR, "str"),
+    (WITH_TEACHER, "teacher", zeros(N, C, dtype=torch.bool), TypeError, FLOATS, "bool"),
+    (FULL, "teacher", torch.randn(N, 7), ValueError, "of shape (4, 10) to match student", "(4, 7)"),
+    (FULL, "teacher", torch.randn(N, C, 1), ValueError, "of shape (4, 10) to match student", "(4, 10, 1)"),
+    (FULL, "teacher", torch.randn(N, C, device=META), ValueError, "on cpu like student", "meta"),
+    (LOSSES, "target", [0, 1, 2, 3], TypeError, TENSOR, "list"),
+    (LOSSES, "target", torch.zeros(N), TypeError, LABELS, "float32"),
+    (LOSSES, "target", zeros(N, dtype=torch.int32), TypeError, LABELS, "int32"),
+    (LOSSES, "target", zeros(N, C), ValueError, f"{ROWS} student (4, 10)", "(4, 10)"),
+    (LOSSES, "target", zeros(5), ValueError, f"{ROWS} student (4, 10)", "(5,)"),
+    (LOSSES, "target", zeros(N, device=META), ValueError, "on cpu like student", "meta"),
+    (SORT, "teacher", torch.tensor(1.0), ValueError, "of shape [..., C]", "a 0-d tensor"),
+    (SORT, "target", zeros(5), ValueError, f"{ROWS} teacher (4, 10)", "(5,)"),
+    (SORT, "target", torch.zeros(N), TypeError, LABELS, "float32"),
+    (TOP_K, "teacher_values", [[1.0]], TypeError, TENSOR, "list"),
+    (TOP_K, "teacher_values", zeros(N, K), TypeError, FLOATS, "int64"),
+    (TOP_K, "teacher_values", torch.randn(N, 11), ValueError, VALUES, "(4, 11)"),
+    (TOP_K, "teacher_values", torch.randn(N, 0), ValueError, VALUES, "(4, 0)"),
+    (TOP_K, "teacher_values", torch.randn(5, K), ValueError, VALUES, "(5, 3)"),
+    (TOP_K, "teacher_indices", [[1]], TypeError, TENSOR, "list"),
+    (TOP_K, "teacher_indices", zeros(N, K, dtype=torch.int32), TypeError, "of dtype int64", "int32"),
+    (TOP_K, "teacher_indices", zeros(N, 2), ValueError, "of shape (4, 3) to match teacher_values", "(4, 2)"),
+    (TOP_K, "teacher_indices", zeros(N, K, device=META), ValueError, "on cpu like student", "meta"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "argument", "value", "error", "words"),
-    [(name, *case[1:]) for case in WRONG_TENSORS for name in case[0]],
-    ids=[f"{name}-{case[4]}" for case in WRONG_TENSORS for name in case[0]],
-)
-def test_tensors(name, argument, value, error, words):
-    with pytest.raises(error, match=re.escape(f"{name}: {words}")):
+def by_function(table):
+    """Each row of a table for each of its functions."""
+    rows = [(name, *case[1:]) for case in table for name in case[0]]
+    names = [f"{name}-{argument} {expected}, got {got}" for name, argument, _, _, expected, got in rows]
+    return pytest.mark.parametrize(("name", "argument", "value", "error", "expected", "got"), rows, ids=names)
+
+
+@by_function(WRONG_TENSORS)
+def test_tensors(name, argument, value, error, expected, got):
+    with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
         FUNCTIONS[name](**arguments(name) | {argument: value})
 
 
-def numbers(argument):
+def wrong_numbers(functions, argument):
     return [
-        (argument, math.nan, ValueError, f"expected {argument} to be finite, got nan"),
-        (argument, math.inf, ValueError, f"expected {argument} to be finite, got inf"),
-        (argument, -math.inf, ValueError, f"expected {argument} to be finite, got -inf"),
-        (argument, "4", TypeError, f"expected {argument} to be a number, got str"),
-        (argument, None, TypeError, f"expected {argument} to be a number, got NoneType"),
-        (argument, True, TypeError, f"expected {argument} to be a number, got bool"),
-        (argument, Fraction(1, 2), TypeError, f"expected {argument} to be a number, got Fraction"),
+        (functions, argument, math.nan, ValueError, "to be finite", "nan"),
+        (functions, argument, math.inf, ValueError, "to be finite", "inf"),
+        (functions, argument, -math.inf, ValueError, "to be finite", "-inf"),
+        (functions, argument, "4", TypeError, "to be a number", "str"),
+        (functions, argument, None, TypeError, "to be a number", "NoneType"),
+        (functions, argument, True, TypeError, "to be a number", "bool"),
+        (functions, argument, Fraction(1, 2), TypeError, "to be a number", "Fraction"),
     ]
 
 
-BACKENDS_EXPECTED = "expected backend to be one of 'native', 'triton', 'reference' or None"
-REDUCTIONS_EXPECTED = "expected reduction to be one of 'none', 'sum', 'mean', 'batchmean'"
+EVERY = (*LOSSES, "sort_logits")
+CORRECTION, REDUCTION = "to be one of 'none', 'sort', 'swap'", "to be one of 'none', 'sum', 'mean', 'batchmean'"
+BACKEND, ROW_VALUES = "to be one of 'native', 'triton', 'reference' or None", "of shape () or (4,), one value a row"
+DIMENSION = "to name one of the 2 dimensions of student"
 WRONG_OPTIONS = [
-    *((LOSSES, *case) for case in numbers("temperature")),
-    (LOSSES, "temperature", 0.0, ValueError, "expected temperature to be positive, got 0.0"),
-    (LOSSES, "temperature", -4, ValueError, "expected temperature to be positive, got -4"),
-    (LOSSES, "temperature", torch.tensor(4), TypeError, "expected temperature of a float dtype, got int64"),
-    (LOSSES, "temperature", torch.ones(3), ValueError, "expected temperature of shape () or (4,), one value a row, got (3,)"),
-    (LOSSES, "temperature", torch.ones(1), ValueError, "expected temperature of shape () or (4,), one value a row, got (1,)"),
-    (LOSSES, "temperature", torch.ones(4, 1), ValueError, "expected temperature of shape () or (4,), one value a row, got (4, 1)"),
-    (LOSSES, "temperature", torch.ones((), device=META), ValueError, "expected temperature on cpu like student, got meta"),
-    *((LOSSES, *case) for name in ("kd_weight", "ce_weight") for case in numbers(name)),
-    *((("fused_sort_dkd",), *case) for name in ("alpha", "beta") for case in numbers(name)),
-    ((*LOSSES, "sort_logits"), "correction", "rotate", ValueError, "expected correction to be one of 'none', 'sort', 'swap', got 'rotate'"),
-    ((*LOSSES, "sort_logits"), "correction", None, ValueError, "expected correction to be one of 'none', 'sort', 'swap', got None"),
-    ((*LOSSES, "sort_logits"), "correction", 1, ValueError, "expected correction to be one of 'none', 'sort', 'swap', got 1"),
-    (LOSSES, "reduction", "avg", ValueError, f"{REDUCTIONS_EXPECTED}, got 'avg'"),
-    (LOSSES, "reduction", ["mean"], ValueError, f"{REDUCTIONS_EXPECTED}, got ['mean']"),
-    ((*LOSSES, "sort_logits"), "ignore_index", 1.0, TypeError, "expected ignore_index to be an int, got float"),
-    ((*LOSSES, "sort_logits"), "ignore_index", None, TypeError, "expected ignore_index to be an int, got NoneType"),
-    ((*LOSSES, "sort_logits"), "ignore_index", True, TypeError, "expected ignore_index to be an int, got bool"),
-    ((*LOSSES, "sort_logits"), "backend", "cudnn", ValueError, f"{BACKENDS_EXPECTED}, got 'cudnn'"),
-    ((*LOSSES, "sort_logits"), "backend", 3, ValueError, f"{BACKENDS_EXPECTED}, got 3"),
-    (FULL, "class_dim", 2, ValueError, "expected class_dim to name one of the 2 dimensions of student, got 2"),
-    (FULL, "class_dim", -3, ValueError, "expected class_dim to name one of the 2 dimensions of student, got -3"),
-    (FULL, "class_dim", 1.0, ValueError, "expected class_dim to name one of the 2 dimensions of student, got 1.0"),
-    (("fused_sort_kd_topk",), "tail", "zero", ValueError, "expected tail to be one of 'renormalize', 'uniform', got 'zero'"),
-]  # fmt: skip  # noqa: E501
+    *wrong_numbers(LOSSES, "temperature"),
+    *wrong_numbers(LOSSES, "kd_weight"),
+    *wrong_numbers(LOSSES, "ce_weight"),
+    *wrong_numbers(("fused_sort_dkd",), "alpha"),
+    *wrong_numbers(("fused_sort_dkd",), "beta"),
+    (LOSSES, "temperature", 0.0, ValueError, "to be positive", "0.0"),
+    (LOSSES, "temperature", -4, ValueError, "to be positive", "-4"),
+    (LOSSES, "temperature", torch.tensor(4), TypeError, "of a float dtype", "int64"),
+    (LOSSES, "temperature", torch.ones(3), ValueError, ROW_VALUES, "(3,)"),
+    (LOSSES, "temperature", torch.ones(1), ValueError, ROW_VALUES, "(1,)"),
+    (LOSSES, "temperature", torch.ones(4, 1), ValueError, ROW_VALUES, "(4, 1)"),
+    (LOSSES, "temperature", torch.ones((), device=META), ValueError, "on cpu like student", "meta"),
+    (EVERY, "correction", "rotate", ValueError, CORRECTION, "'rotate'"),
+    (EVERY, "correction", None, ValueError, CORRECTION, "None"),
+    (EVERY, "correction", 1, ValueError, CORRECTION, "1"),
+    (LOSSES, "reduction", "avg", ValueError, REDUCTION, "'avg'"),
+    (LOSSES, "reduction", ["mean"], ValueError, REDUCTION, "['mean']"),
+    (EVERY, "ignore_index", 1.0, TypeError, "to be an int", "float"),
+    (EVERY, "ignore_index", None, TypeError, "to be an int", "NoneType"),
+    (EVERY, "ignore_index", True, TypeError, "to be an int", "bool"),
+    (EVERY, "backend", "cudnn", ValueError, BACKEND, "'cudnn'"),
+    (EVERY, "backend", 3, ValueError, BACKEND, "3"),
+    (FULL, "class_dim", 2, ValueError, DIMENSION, "2"),
+    (FULL, "class_dim", -3, ValueError, DIMENSION, "-3"),
+    (FULL, "class_dim", 1.0, ValueError, DIMENSION, "1.0"),
+    (TOP_K, "tail", "zero", ValueError, "to be one of 'renormalize', 'uniform'", "'zero'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "argument", "value", "error", "words"),
-    [(name, *case[1:]) for case in WRONG_OPTIONS for name in case[0]],
-    ids=[f"{name}-{case[4]}" for case in WRONG_OPTIONS for name in case[0]],
-)
-def test_options(name, argument, value, error, words):
-    with pytest.raises(error, match=re.escape(f"{name}: {words}")):
+@by_function(WRONG_OPTIONS)
+def test_options(name, argument, value, error, expected, got):
+    with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
         FUNCTIONS[name](**arguments(name), **{argument: value})
 
 
@@ -194,7 +206,10 @@ def test_other_dtypes_are_refused(dtype):
         fused_sort_kd(**call | {"student": torch.zeros(N, C).to(dtype)})
 
 
-@pytest.mark.parametrize("value", (4, 4.0, torch.tensor(4.0), torch.tensor(4.0, dtype=F64), torch.tensor(4.0, dtype=BF16), torch.full((N,), 4.0, dtype=F16)), ids=repr)  # fmt: skip  # noqa: E501
+FOUR = torch.tensor(4.0)
+
+
+@pytest.mark.parametrize("value", (4, 4.0, FOUR, FOUR.double(), FOUR.to(BF16), FOUR.to(F16).expand(N)), ids=repr)
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_temperatures_that_are_fine(backend, value):
     """Integers, and tensors of every float dtype, count in the arithmetic's dtype."""

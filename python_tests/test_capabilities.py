@@ -1,4 +1,4 @@
-"""The kernels of every instruction set that this processor has: the core of the tests once more, each in its own process.
+"""The kernels of every instruction set that this processor has: the core of the tests again, each in its own process.
 
 ATen chooses the instruction set when it loads, and ours follows it, so a process can have but one.
 """
@@ -18,7 +18,14 @@ import sortkd_kernels
 HERE = Path(__file__).parent
 # The variable's value, and what build_info() calls it.
 CAPABILITIES = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
-CORE = ("test_equivalence.py", "test_sort_logits.py", "test_pinned_rules.py", "test_topk.py", "test_layouts.py", "test_precision.py")
+CORE = (
+    "test_equivalence.py",
+    "test_sort_logits.py",
+    "test_pinned_rules.py",
+    "test_topk.py",
+    "test_layouts.py",
+    "test_precision.py",
+)
 ORDER = list(CAPABILITIES.values())
 
 
@@ -32,8 +39,12 @@ def test_core(capability):
         return  # the tests of this process
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "SORTKD_EXPECT_CAPABILITY": wanted}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "native and not compiled", *CORE], cwd=HERE, env=environment, text=True,
-        capture_output=True, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "-q", "-k", "native and not compiled", *CORE],
+        cwd=HERE,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 1000

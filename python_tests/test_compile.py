@@ -22,7 +22,7 @@ OPTIONS = (
 
 
 def compare(compiled, eager, student, *arguments):
-    """Loss and gradient of both; a compiled graph runs the same op, and only the reference's sums may be in another order."""
+    """Loss and gradient of both; a compiled graph runs the same op, and only the reference may sum in another order."""
     results = []
     for function in (compiled, eager):
         leaf = student.clone().requires_grad_()
@@ -35,8 +35,8 @@ def compare(compiled, eager, student, *arguments):
         torch.testing.assert_close(one, other, rtol=8 * eps, atol=eps)
 
 
-# The dtype decides in which pass the gradient is made; the reference and the interpreter take seconds for what native does
-# in a fifth of one.
+# The dtype decides in which pass the gradient is made; the reference and the interpreter take seconds for what native
+# does in a fifth of one.
 @pytest.mark.parametrize(
     ("backend", "dtype", "options"),
     [(b, d, o) for b in (*cases.BACKENDS, None) for d in (F32, BF16, F16) for o in OPTIONS
@@ -158,12 +158,17 @@ def test_export():
 
 
 CONFIG = dict(
-    temperature=4.0, correction=1, decoupled=False, kd_weight=0.9, alpha=1.0, beta=8.0, ce_weight=0.1, standardize=False,
-    uniform_tail=False, class_dim=-1, reduction=2, ignore_index=-100,
+    temperature=4.0, correction=1, decoupled=False, kd_weight=0.9, alpha=1.0, beta=8.0, ce_weight=0.1,
+    standardize=False, uniform_tail=False, class_dim=-1, reduction=2, ignore_index=-100,
 )  # fmt: skip
 VARIED = [
-    {}, {"reduction": 0}, {"decoupled": True}, {"standardize": True, "correction": 2}, {"class_dim": 0}, {"ce_weight": 0.0},
-]  # fmt: skip
+    {},
+    {"reduction": 0},
+    {"decoupled": True},
+    {"standardize": True, "correction": 2},
+    {"class_dim": 0},
+    {"ce_weight": 0.0},
+]
 
 
 def tensors(options, dtype, grad, learned):
@@ -206,7 +211,9 @@ def test_opcheck_top_k_and_layouts():
         # The sum: opcheck takes the NaN of a mean over no rows for a difference.
         config = (CONFIG | {"reduction": 1}).values()
         leaf = s.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.sortkd_kernels.sort_kd_loss.default, (leaf, v, i, y, None, *config, True, False))
+        torch.library.opcheck(
+            torch.ops.sortkd_kernels.sort_kd_loss.default, (leaf, v, i, y, None, *config, True, False)
+        )
     image = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
     arguments = (image.requires_grad_(), torch.randn(2, 5, 4, 3), None, torch.randint(5, (2, 4, 3)), None)
     torch.library.opcheck(

@@ -1,4 +1,4 @@
-"""Every backend computes the formula: each shape, dtype, correction, reduction, weight and temperature against float64."""
+"""Every backend computes the formula: shapes, dtypes, corrections, reductions, weights, temperatures, against float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_a_row_beyond_every_cache(backend, variant):
     assert_matches(cases.run(want.rows, variant, backend), want)
 
 
-# Inductor writes and compiles C++ for the whole reference, seven seconds a variant; around an op there is none to write.
+# Inductor writes and compiles C++ for the whole reference, seven seconds a variant; around an op there is nothing to
+# write.
 COMPILED = [
     (backend, variant, compiler)
     for backend in cases.BACKENDS

@@ -90,7 +90,7 @@ def test_a_leaf_is_refused(dtype):
 
 @EVERY_DTYPE
 def test_strided_logits_are_refused(dtype):
-    leaf, logits, teacher, target = logits_of(dtype)
+    _, logits, teacher, target = logits_of(dtype)
     with pytest.raises(ValueError, match=r"expected a contiguous student with inplace=True.*got strides \[1, 12\]"):
         fused_sort_kd(logits.T.contiguous().T, teacher, target, inplace=True)
 

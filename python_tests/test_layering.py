@@ -6,7 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-import cases
 import pytest
 import torch
 from cases import VARIANTS
@@ -16,8 +15,8 @@ import sortkd_kernels
 ROOT = Path(sortkd_kernels.__file__).parent.parent
 PACKAGE, CSRC = ROOT / "sortkd_kernels", ROOT / "csrc"
 
-# Module of the package: the modules of the package that it may import. `reference` is a backend like the others, so `ops`
-# registers it.
+# Module of the package: the modules of the package that it may import. `reference` is a backend like the others, so
+# `ops` registers it.
 ARROWS = {
     "__init__": {"backends", "fused_sort_kd", "losses"},
     "fused_sort_kd": {"backends", "checks", "ops"},
@@ -31,12 +30,12 @@ ARROWS = {
 # Beyond the standard library.
 THIRD_PARTY = {"backends": {"torch"}, "backends.triton": {"torch", "triton"}}
 STANDARD = {
-    "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "os", "pathlib", "re", "subprocess",
-    "sys", "tempfile", "typing", "warnings",
+    "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "os", "pathlib", "re",
+    "subprocess", "sys", "tempfile", "typing", "warnings",
 }  # fmt: skip
 
-# Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between the dispatcher's side (schemas,
-# autograd) and each device's forward.cpp; launch.h the one between that and the row kernels, which see no tensor.
+# Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between the dispatcher's side
+# (schemas, autograd) and each device's forward.cpp; launch.h the one to the row kernels, which see no tensor.
 BRIDGES = {"launch.h", "row_math.h"}
 INCLUDES = {
     "ops.cpp": {"ops.h", "launch.h", "preconditions.h"},
@@ -156,28 +155,11 @@ def test_no_value_of_a_device_is_read(variant):
     temperature = variant.make_temperature(6)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.detach().to("meta").requires_grad_(temperature.requires_grad)
-    loss = variant.function(
-        student, teacher, target, temperature=temperature, backend="reference", **variant.options
-    )
+    loss = variant.function(student, teacher, target, temperature=temperature, backend="reference", **variant.options)
     loss.sum().backward()
     assert student.grad.shape == student.shape
 
 
 @pytest.mark.parametrize("path", PYTHON + NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_hold_one_concept(path):
-    """Nothing over 300 lines; kernels of one name on every device."""
-    text = path.read_text()
-    assert len(text.splitlines()) <= 300
-    if path.suffix == ".py" and "@triton.jit" in text:
-        kernels = re.findall(r"^def (\w+)\(\n?\s*(?:student|teacher|target|kd|grad_student), ", text, re.MULTILINE)
-        assert all(name.startswith("sort_kd_") for name in kernels)
-
-
-def test_examples_of_the_tables_cover_every_kind_of_row():
-    """The table of rows says what it holds."""
-    student, teacher, target = cases.make_rows(12, 9)
-    ranks = [int((row > row[y]).sum()) for row, y in zip(teacher, target.clamp_min(0), strict=True)]
-    assert ranks[0] == 0 and ranks[1] == 4 - 1 + 1 and ranks[3] == 8
-    assert teacher[4].unique().numel() < 9
-    assert (target == cases.IGNORE).tolist() == [n % 6 == 5 for n in range(12)]
-    assert student.shape == (12, 9)
+    assert len(path.read_text().splitlines()) <= 300

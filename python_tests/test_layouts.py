@@ -1,4 +1,4 @@
-"""Logits of any shape and stride: leading batches, `class_dim`, channels_last, views, with the gradient where it belongs."""
+"""Logits of any shape and stride: leading batches, `class_dim`, channels_last, views; the gradient where it belongs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from sortkd_kernels import fused_sort_kd, fused_sort_kd_topk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "row-T-swap-rows", "scalar-T-ce", "dkd", "dkd-lskd-scalar-T")]
+VARIANTS = [
+    cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "row-T-swap-rows", "scalar-T-ce", "dkd", "dkd-lskd-scalar-T")
+]
 SHAPE = cases.Shape(36, 11, "36 = 3 * 4 * 3 rows; neighbouring rows fill two tiles of 16 and a rest")
 
 
@@ -94,8 +96,11 @@ def test_dense_dtypes(backend, form, dtypes):
 MEMORIES = (transposed_memory, every_other, shifted, channels_last)
 
 
-@pytest.mark.parametrize("memories", [(m, as_is) for m in MEMORIES] + [(as_is, m) for m in MEMORIES] + [(m, m) for m in MEMORIES],
-                         ids=lambda pair: "-".join(m.__name__ for m in pair))  # fmt: skip
+@pytest.mark.parametrize(
+    "memories",
+    [pair for m in MEMORIES for pair in ((m, as_is), (as_is, m), (m, m))],
+    ids=lambda pair: "-".join(m.__name__ for m in pair),
+)
 @pytest.mark.parametrize("form", ("rows", "dense", "leading batch"))
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_strides(backend, form, memories):

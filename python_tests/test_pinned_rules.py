@@ -224,8 +224,8 @@ def test_ignore_index_may_name_a_class(backend):
     assert torch.equal(sort_logits(teacher, target, ignore_index=1, backend=backend)[1], teacher[1])
 
 
-# 1 / (0 + 1e-7) makes a gradient of 0.5 from one rounding of float32: the kernels subtract equal numbers and have none, plain
-# PyTorch has.
+# 1 / (0 + 1e-7) makes a gradient of 0.5 from one rounding of float32: the kernels subtract equal numbers and have none,
+# plain PyTorch has.
 @pytest.mark.parametrize("decoupled", (False, True))
 @pytest.mark.parametrize(
     ("backend", "dtype"),
@@ -233,7 +233,7 @@ def test_ignore_index_may_name_a_class(backend):
     ids=str,
 )
 def test_constant_rows_under_standardization(backend, dtype, decoupled):
-    """Standard deviation 0: the z-scores are 0, both distributions uniform, and only the cross-entropy has a gradient."""
+    """Standard deviation 0: the z-scores are 0, both sides uniform, and only the cross-entropy has a gradient."""
     function = fused_sort_dkd if decoupled else fused_sort_kd
     for value in (1.0, 0.1, -333.3):
         student = torch.full((2, 5), value, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What is not differentiated is refused in words: the teacher, second derivatives, forward mode, functorch's transforms."""
+"""What is not differentiated is refused in words: teachers, second derivatives, forward mode, functorch's transforms."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_forward_mode(learned):
             temperature = forward_ad.make_dual(temperature, torch.tensor(1.0))
         else:
             student = forward_ad.make_dual(student, torch.ones_like(student))
-        with pytest.raises(NotImplementedError, match="forward-mode derivatives of the fused losses are not implemented"):
+        with pytest.raises(
+            NotImplementedError, match="forward-mode derivatives of the fused losses are not implemented"
+        ):
             fused_sort_kd(student, teacher, target, temperature=temperature)
 
 

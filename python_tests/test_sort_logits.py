@@ -44,9 +44,11 @@ def test_equals_the_two_sorts(backend, shape, dtype, correction):
 @pytest.mark.parametrize("dtype", (F32, F64, F16), ids=str)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_every_way_to_order(backend, dtype, rank, correction):
-    """Ranks on both sides of where one ordering method hands over to the next; with ties, and values of every exponent."""
+    """Ranks on both sides of where one ordering method hands over to the next; ties, and values of every exponent."""
     generator = torch.Generator().manual_seed(rank)
-    wide = torch.randn(2000, generator=generator, dtype=F64) * 2.0 ** torch.randint(-12, 9, (2000,), generator=generator)
+    wide = torch.randn(2000, generator=generator, dtype=F64) * 2.0 ** torch.randint(
+        -12, 9, (2000,), generator=generator
+    )
     equal = torch.randint(-9, 9, (2000,), generator=generator).double()
     for row in (wide, equal, -wide.abs(), wide.abs() + 1000):
         teacher = row.to(dtype)
@@ -67,7 +69,7 @@ def by_hand(row: list[float], label: int) -> list[float]:
     return result
 
 
-# Few distinct values make ties; -0.0 equals 0.0; any finite float16 is exact in every dtype. The widths bring infinities.
+# Few distinct values make ties; -0.0 equals 0.0; lengths on both sides of every vector.
 few = st.sampled_from([-2.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0])
 wide = st.floats(width=16, allow_nan=False, allow_infinity=False)
 infinite = st.sampled_from([-math.inf, -1.0, 0.0, 2.0])

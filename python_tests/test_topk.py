@@ -46,7 +46,7 @@ def full_row(values: list[float], indices: list[int], C: int, tail: str) -> list
 
 
 def conditioned(yardstick: Yardstick, values: torch.Tensor) -> Yardstick:
-    """What the values leave to 1 has, in float32, the error of a number near 1. The native kernel takes it in float64."""
+    """What the values leave to 1 has, in float32, the error of a number near 1. The native kernel has it in float64."""
     left = (1 - values.double().exp().sum(-1)).clamp_min(torch.finfo(F32).eps)
     worst = 1 / left.min()
     return Yardstick(*(x * (1 / left).view(-1, *(1,) * (x.dim() - 1)) if x.dim() else x * worst for x in yardstick))

@@ -1,9 +1,9 @@
 """How far a result may be off, element by element, and why.
 
-The yardstick of each number is the size of what it is the difference of, in float64: a gradient is the difference of two
-probabilities, a loss that of two entropies. An algorithm that holds these in floats of unit roundoff u is off by a few u
-of them, however small the difference is. Relative to the difference itself the error has no bound: with two classes
-z-scores are +-0.707 whatever the logits, and the true gradient is 0.
+The yardstick of each number is the size of what it is the difference of, in float64: a gradient is the difference of
+two probabilities, a loss that of two entropies. An algorithm that holds these in floats of unit roundoff u is off by a
+few u of them, however small the difference is. Relative to the difference itself the error has no bound: with two
+classes z-scores are +-0.707 whatever the logits, and the true gradient is 0.
 """
 
 from __future__ import annotations
@@ -12,14 +12,28 @@ import functools
 from typing import NamedTuple
 
 import torch
-from cases import BY_NAME, F16, F32, F64, IGNORE, Result, Rows, Shape, Variant, arithmetic, make_rows, truth, upstream_of
+from cases import (
+    BY_NAME,
+    F16,
+    F32,
+    F64,
+    IGNORE,
+    Result,
+    Rows,
+    Shape,
+    Variant,
+    arithmetic,
+    make_rows,
+    truth,
+    upstream_of,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from sortkd_kernels import reference
 
-# Unit roundoffs of the yardstick that a result may be off. Plain float32 PyTorch on the same formula needs a
-# sixth to all of them (`test_tolerance_is_tight`); the kernels' exponential has a relative error of 3.5 of them by design.
+# Unit roundoffs of the yardstick that a result may be off. Plain float32 PyTorch on the same formula needs a sixth to
+# all of them (`test_tolerance_is_tight`); the kernels' exponential has a relative error of 3.5 of them by design.
 ROUNDINGS = {"loss": 8, "kd": 8, "ce": 6, "grad": 24, "grad_temperature": 8}
 # In float64 the reference is no truth but an equal: it sums one after the other where the kernels sum in blocks.
 EQUALS = 4
@@ -50,7 +64,9 @@ def yardstick(rows: Rows, variant: Variant) -> Yardstick:
     u, v = s / temperature.unsqueeze(-1), t / temperature.unsqueeze(-1)
     depth_u, depth_v = _depth(u), _depth(v)
 
-    target_weight, others_weight = (options.get("alpha", 1.0), options.get("beta", 8.0)) if variant.decoupled else (1, 0)
+    target_weight, others_weight = (
+        (options.get("alpha", 1.0), options.get("beta", 8.0)) if variant.decoupled else (1, 0)
+    )
     entropies = target_weight * _entropies(v, u)
     probabilities = (target_weight + others_weight) * (_softmax(u) + _softmax(v))
     if variant.decoupled and classes > 1:
@@ -100,8 +116,8 @@ def expected(shape: Shape, variant: str, dtypes: tuple[torch.dtype, torch.dtype]
 def errors_in_roundings(got: Result, want: Expected) -> dict[str, Tensor]:
     """The error of each number in unit roundoffs of its yardstick, beyond the one rounding to the student's dtype.
 
-    The gradient is rounded in the forward pass and once more by an upstream gradient that differs from 1; float16 has no
-    range for that and is made in the backward pass, rounded once.
+    The gradient is rounded in the forward pass and once more by an upstream gradient that differs from 1; float16 has
+    no range for that and is made in the backward pass, rounded once.
     """
     work = arithmetic(want.rows.student.dtype, want.rows.teacher.dtype)
     errors = {}
@@ -142,7 +158,7 @@ def assert_matches(got: Result, want: Expected) -> None:
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Probabilities, times the error of their exponent: an exponent of depth d below the maximum carries d roundings."""
+    """Probabilities, times the error of their exponent: one of depth d below the maximum carries d roundings."""
     p = x.softmax(-1)
     return torch.where(p == 0, 0.0, p * (1 + _depth(x)))
 

@@ -45,20 +45,6 @@ constexpr bool keeps_v = plain == Plain::Own || moments;
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2e = 1.44269504088896340736;
 
-// scale (x - reference). In one operation less, the rounding of scale * reference is a shift that all classes share, the label
-// too, and it drops out of every ratio; but a nearly constant row under standardization has a scale of up to 1e7, and then
-// the shift must be exact.
-template <typename T, bool exact>
-inline Vec<T> exponent(const Vec<T>& x, const Vec<T>& reference, const Vec<T>& scale, const Vec<T>& shift) {
-  if constexpr (exact) return (x - reference) * scale;
-  return at::vec::fmadd(x, scale, shift);
-}
-template <typename T, bool exact>
-inline T label_exponent(const Row<T>& row, T scale) {
-  if constexpr (exact) return (row.label_value - row.reference) * scale;
-  return std::fma(row.label_value, scale, -row.reference * scale);
-}
-
 // Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums. `v_row`
 // receives the student's v.
 template <typename T, Plain plain, bool moments>
@@ -68,7 +54,6 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, T* 
   const int64_t C = student.C;
   const V scale_s(scale.student), scale_t(scale.teacher);
   const V reference_s(student.reference), reference_t(teacher.reference);
-  const V shift_s(-student.reference * scale.student), shift_t(-teacher.reference * scale.teacher);
   V total_s(T(0)), total_t(T(0)), total_cross(T(0)), total_plain(T(0));
   V moment_s(T(0)), moment_t(T(0)), moment_cross(T(0));
   // Sums of short blocks first: a running sum over 10^5 terms would lose five digits.
@@ -82,8 +67,9 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, T* 
         prefetch(next.student + i * next.student_bytes);
         prefetch(next.teacher + i * next.teacher_bytes);
       }
-      const V v_s = exponent<T, moments>(load_others(student.logits, i, C, student.label), reference_s, scale_s, shift_s);
-      const V v_t = exponent<T, moments>(load_others(teacher.logits, i, C, teacher.label), reference_t, scale_t, shift_t);
+      // The difference first: a fused x * scale - c would save an operation, and the digits of logits with a large offset.
+      const V v_s = (load_others(student.logits, i, C, student.label) - reference_s) * scale_s;
+      const V v_t = (load_others(teacher.logits, i, C, teacher.label) - reference_t) * scale_t;
       const V e_s = exp2(v_s), e_t = exp2(v_t);
       e_s.store(student.exps + i);
       e_t.store(teacher.exps + i);
@@ -112,8 +98,8 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, T* 
   sums.z_student = sum_of(total_s);
   sums.z_teacher = sum_of(total_t);
   sums.cross = sum_of(total_cross) * ln2;
-  sums.v_label_student = label_exponent<T, moments>(student, scale.student) * ln2;
-  sums.v_label_teacher = label_exponent<T, moments>(teacher, scale.teacher) * ln2;
+  sums.v_label_student = (student.label_value - student.reference) * scale.student * ln2;
+  sums.v_label_teacher = (teacher.label_value - teacher.reference) * scale.teacher * ln2;
   if constexpr (plain != Plain::None) {
     sums.z_plain = sum_of(total_plain);
     sums.v_label_plain = sums.v_label_student * scale.plain;

@@ -1,0 +1,140 @@
+"""Where float32 ends: small probabilities, wide and shifted logits, long rows, a student that is certain."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import F16, F32, F64, Rows, Variant
+from tolerance import assert_matches, expect
+
+from sortkd_kernels import fused_sort_dkd, fused_sort_kd
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EVERY_BACKEND = pytest.mark.parametrize("backend", cases.BACKENDS)
+FUSED_BACKENDS = pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b != "reference"])
+
+
+@pytest.mark.parametrize("variant", cases.FEW_VARIANTS, ids=str)
+@pytest.mark.parametrize("scale", (1e-3, 10.0, 40.0))
+@FUSED_BACKENDS
+def test_narrow_and_wide_logits(backend, scale, variant):
+    """Logits of 1e-3 (two nearly equal distributions) and of 100 (nearly all probabilities 0)."""
+    rows = cases.make_rows(30, 9)
+    rows = Rows(rows.student * scale / 3, rows.teacher * scale / 3, rows.target)
+    want = expect(rows, variant)
+    # Below float32's normal range a probability is 0: what that leaves out is its size, times T, deviation and weights.
+    floor = 2.0**-120
+    want = want._replace(yardstick=type(want.yardstick)(*(x + floor for x in want.yardstick)))
+    assert_matches(cases.run(rows, variant, backend), want)
+
+
+@pytest.mark.parametrize("variant", [cases.BY_NAME["rows"], cases.BY_NAME["T4-ce-rows"]], ids=str)
+@pytest.mark.parametrize("shift", (1000.0, -30000.0))
+@EVERY_BACKEND
+def test_shifted_logits_change_nothing(backend, shift, variant):
+    """Softmax does not see a constant; on a grid that the shift keeps exact neither do the results."""
+    rows = cases.make_rows(30, 9)
+    rows = Rows(*(x.mul(64).round().div(64) for x in rows[:2]), rows.target)
+    shifted = Rows(rows.student + shift, rows.teacher - shift / 2, rows.target)
+    assert torch.equal(shifted.student - shift, rows.student)
+    assert_matches(cases.run(shifted, variant, backend), expect(rows, variant))
+
+
+@pytest.mark.parametrize("T", (1.0, 2.0, 4.0))
+@FUSED_BACKENDS
+def test_cross_entropy_as_a_power(backend, T):
+    """Fact 5, exp(s) = exp(s/T)^T: no worse than an exponential of its own, which T + 1e-6 forces."""
+    rows = cases.make_rows(30, 9)
+    errors = []
+    for temperature in (T, T * (1 + 1e-6)):
+        variant = Variant("", {"ce_weight": 1.0, "kd_weight": 0.0, "reduction": "none"}, temperature=temperature)
+        want = expect(rows, variant)
+        got = cases.run(rows, variant, backend)
+        assert_matches(got, want)
+        errors.append((got.grad - want.truth.grad).abs().max())
+    assert errors[0] < 8 * errors[1]
+
+
+@pytest.mark.parametrize("value", (30.0, 90.0, 200.0, 3000.0))
+@EVERY_BACKEND
+def test_a_certain_student(backend, value):
+    """q_y rounds to 1, where log(1 - q_y) is -inf in the usual chain: DKD and its gradient are finite, and right."""
+    student = torch.zeros(4, 6)
+    student[:, 1] = value
+    student[:, 2:] = torch.linspace(-2, 2, 4)
+    _, teacher, _ = cases.make_rows(4, 6)
+    rows = Rows(student, teacher, torch.tensor([1, 1, 1, 3]))
+    for variant in (Variant("", {"beta": 2.0}, True, temperature=1.0), Variant("", {"reduction": "none"}, True)):
+        want = expect(rows, variant)
+        assert want.truth.grad.isfinite().all() and want.truth.loss.isfinite().all()
+        got = cases.run(rows, variant, backend)
+        assert got.loss.isfinite().all() and got.grad.isfinite().all()
+        if backend != "reference":  # plain float32 loses the others' share, 1 - q_y
+            assert_matches(got, want)
+
+
+@FUSED_BACKENDS
+def test_the_label_of_a_certain_student_has_a_gradient(backend):
+    """q_y - 1 to full precision: -1e-12 is not 0."""
+    student = torch.full((1, 5), -30.0)
+    student[0, 2] = 0.0
+    leaf = student.clone().requires_grad_()
+    teacher, target = torch.zeros(1, 5), torch.tensor([2])
+    fused_sort_kd(leaf, teacher, target, kd_weight=0.0, ce_weight=1.0, temperature=2.0, backend=backend).backward()
+    expected = student.double().softmax(-1)
+    expected[0, 2] = -expected[0, [0, 1, 3, 4]].sum()
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=2e-6, atol=0)
+
+
+@FUSED_BACKENDS
+def test_each_small_probability_has_its_own_digits(backend):
+    """Relative to itself, not to the row's largest: down to 1e-30."""
+    student = torch.linspace(-70, 0, 40).repeat(2, 1)
+    teacher = torch.full((2, 40), -1e4)
+    teacher[:, 5] = 0.0
+    leaf = student.clone().requires_grad_()
+    fused_sort_kd(leaf, teacher, torch.tensor([5, 5]), temperature=1.0, reduction="sum", backend=backend).backward()
+    q = student.double().softmax(-1)
+    others = torch.arange(40) != 5
+    assert q.min() < 1e-30
+    # exp(-70) carries 70 roundings of its exponent in base 2.
+    torch.testing.assert_close(leaf.grad.double()[:, others], q[:, others], rtol=110 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("variant", [cases.BY_NAME["rows"], cases.BY_NAME["dkd-swap-rows"]], ids=str)
+def test_long_rows_of_equal_terms(variant):
+    """A running float32 sum over 260,000 equal terms loses four digits; sums of blocks lose none."""
+    C = 262144
+    student, teacher = torch.zeros(2, C), torch.zeros(2, C)
+    teacher[:, 0], student[:, 1] = 1.0, 2.0
+    rows = Rows(student, teacher, torch.tensor([0, 3]))
+    assert_matches(cases.run(rows, variant, "native"), expect(rows, variant))
+
+
+@FUSED_BACKENDS
+def test_loss_of_a_perfect_student(backend):
+    """Equal logits: the loss is a rounding of 0, never negative by more, and the gradient as small."""
+    _, teacher, target = cases.make_rows(30, 9)
+    target = teacher.argmax(-1)
+    for function in (fused_sort_kd, fused_sort_dkd):
+        student = teacher.clone().requires_grad_()
+        loss = function(student, teacher, target, reduction="none", backend=backend)
+        loss.sum().backward()
+        # T^2 and beta times a few roundings of entropies of about 2.
+        assert loss.abs().max() < 16 * 9 * 2 * 4 * 2**-24
+        assert student.grad.abs().max() < 4 * 9 * 4 * 2**-24
+
+
+@FUSED_BACKENDS
+def test_half_losses_are_float32_arithmetic(backend):
+    """float16 logits whose squares and sums would overflow or vanish in float16."""
+    student, teacher, target = cases.make_rows(30, 9, (F16, F16))
+    student, teacher = student * 2000, teacher * 2000
+    loss = fused_sort_kd(student, teacher, target, temperature=1.0, reduction="sum", backend=backend)
+    assert loss.dtype == F32 and loss.isfinite() and loss > 65504
+    want = fused_sort_kd(
+        student.double(), teacher.double(), target, temperature=1.0, reduction="sum", backend="reference"
+    )
+    assert want.dtype == F64
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
