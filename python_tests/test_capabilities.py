@@ -39,7 +39,7 @@ def test_core(capability):
         return  # the tests of this process
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "SORTKD_EXPECT_CAPABILITY": wanted}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "native and not compiled", *CORE],
+        [sys.executable, "-m", "pytest", "-k", "native and not compiled", *CORE],
         cwd=HERE,
         env=environment,
         text=True,
