@@ -182,7 +182,9 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
          f"before the clock; `{BATCHED}`: this trainer's loader, in the training process; `{ROOF}`: uint8 to float32, "
          "in order, no augmentation. CPU time is of all processes, their start included. Each was checked by the "
          "moments of its channels before it was timed.", "",
-         *table(heads, lines), "", *verdicts, ""]
+         *table(heads, lines), "", *verdicts, "",
+         "A batch of 256 is 3 MB, which the C library may fetch as fresh pages every time: that alone can take longer "
+         "than the augmentation.", ""]
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ ATen chooses the instruction set when it loads, and ours follows it, so a proces
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,20 +25,24 @@ CORE = (
     "test_layouts.py",
     "test_precision.py",
 )
-ORDER = list(CAPABILITIES.values())
+INFO = sortkd_kernels.build_info()
+WIDTHS = list(CAPABILITIES.values())
+# The widest is what the tests of this very process run on.
+NARROWER = [
+    name
+    for name, ours in CAPABILITIES.items()
+    if ours in INFO.get("cpu_capabilities", ()) and WIDTHS.index(ours) < WIDTHS.index(INFO["cpu_capability"])
+]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", NARROWER)
 def test_core(capability):
-    wanted, widest = CAPABILITIES[capability], sortkd_kernels.build_info()["cpu_capability"]
-    carried = sortkd_kernels.build_info()["cpu_capabilities"]
-    if wanted not in carried or ORDER.index(wanted) > ORDER.index(widest):
-        pytest.skip(f"this processor has {widest} at the most, this build carries {', '.join(carried)}")
-    if wanted == widest:
-        return  # the tests of this process
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "SORTKD_EXPECT_CAPABILITY": wanted}
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": capability,
+        "SORTKD_EXPECT_CAPABILITY": CAPABILITIES[capability],
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", "native and not compiled", *CORE],
+        [sys.executable, "-m", "pytest", "-q", "-k", "native and not compiled", *CORE],
         cwd=HERE,
         env=environment,
         text=True,
@@ -47,4 +50,5 @@ def test_core(capability):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 1000
+    # A misspelt filter would select nothing and pass.
+    assert done.stdout.count(".") > 1000

@@ -67,26 +67,29 @@ def same(left, right):
 # -- the augmentation is torchvision's ---------------------------------------------------------------------------------
 
 
-def test_every_crop_and_flip_equals_torchvisions():
+def augmented(images, index, choices):
+    crop_flip = CropFlip(images, 4, flip=True, device=CPU)
+    crops = crop_flip(torch.as_tensor(index), torch.as_tensor(choices).to(torch.uint8), crop_flip.buffer(len(index)))
+    return Normalize(CIFAR_MEAN, CIFAR_STD, (3, 32, 32), device=CPU)(crops)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_crop_and_flip_equals_torchvisions(place):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    choices = torch.tensor([(top, left, flip) for top in range(9) for left in range(9) for flip in range(2)])
-    images = torch.from_numpy(pixels).expand(3, -1, -1, -1)
-    crops = CropFlip(images, 4, flip=True, device=CPU)(
-        torch.ones(len(choices), dtype=torch.long), choices.to(torch.uint8)
-    )
-    got = Normalize(CIFAR_MEAN, CIFAR_STD, (3, 32, 32), device=CPU)(crops)
+    images = torch.full((3, 32, 32, 3), 255, dtype=torch.uint8)  # white neighbours, which must not show in the border
+    images[place] = torch.from_numpy(pixels)
+    choices = [(top, left, flip) for top in range(9) for left in range(9) for flip in range(2)]
+    got = augmented(images, [place] * len(choices), choices)
     assert got.is_contiguous(memory_format=torch.channels_last)
     padded = TF.pad(Image.fromarray(pixels), 4)  # raw zeros, before the normalisation, as RandomCrop(32, 4) pads
-    for image, (top, left, flip) in zip(got, choices.tolist(), strict=True):
+    for image, (top, left, flip) in zip(got, choices, strict=True):
         crop = TF.crop(padded, top, left, 32, 32)
         expected = TF.normalize(TF.to_tensor(TF.hflip(crop) if flip else crop), CIFAR_MEAN, CIFAR_STD)
         torch.testing.assert_close(image, expected, **CLOSE)
 
 
 def test_border_is_black_and_not_the_mean():
-    images = torch.full((1, 32, 32, 3), 200, dtype=torch.uint8)
-    crop = CropFlip(images, 4, flip=True, device=CPU)(torch.tensor([0]), torch.tensor([[0, 0, 0]], dtype=torch.uint8))
-    border = Normalize(CIFAR_MEAN, CIFAR_STD, (3, 32, 32), device=CPU)(crop)[0, :, 0, 0]
+    border = augmented(torch.full((1, 32, 32, 3), 200, dtype=torch.uint8), [0], [[0, 0, 0]])[0, :, 0, 0]
     torch.testing.assert_close(border, -torch.tensor(CIFAR_MEAN) / torch.tensor(CIFAR_STD), **CLOSE)
 
 
@@ -160,6 +163,14 @@ def test_workers_change_nothing(large_tree):
     for epoch in range(2):  # the workers stay alive in between
         assert same(epoch_of(alone.train, epoch), epoch_of(workers.train, epoch))
     assert same(epoch_of(alone.test), epoch_of(workers.test))
+
+
+def test_batches_keep_their_memory(small_tree):
+    """Two passes at once, and batches that are kept, do not see each other's."""
+    loader = build("cifar100", small_tree).train
+    kept = [(batch, batch.images.clone()) for pair in zip(loader, loader, strict=True) for batch in pair]
+    assert all(torch.equal(batch.images, copy) for batch, copy in kept)
+    assert same([batch for batch, _ in kept[::2]], epoch_of(loader))
 
 
 def test_order_is_a_permutation(small_tree):

@@ -84,8 +84,7 @@ def test_a_row_does_not_depend_on_its_neighbours(variant):
             assert torch.equal(one, all_rows[part])
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", cases.BACKENDS)
+@pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)
 def test_every_output_is_written(backend, variant):
     """With fresh memory full of NaN nothing changes: no output and no scratch is read before it is written."""
     rows = cases.make_rows(41, 9)

@@ -26,10 +26,9 @@ def gradients(rows, variant, backend):
     return result.loss, result.grad, result.grad_temperature
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)
 @pytest.mark.parametrize("place", ("label", "last class", "largest other"))
 @pytest.mark.parametrize("side", ("student", "teacher"))
-@EVERY_BACKEND
 def test_nan_touches_its_own_row_only(backend, side, place, variant):
     """The other rows, in the same tile and vector, keep every bit; the row's own loss and gradient are NaN."""
     slow = backend in cases.LOGITS_LIMIT
@@ -82,9 +81,8 @@ def test_sort_logits_with_nan(backend):
     assert torch.equal(got[2].nan_to_num(7.0), teacher[2].nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)
 @pytest.mark.parametrize("filler", (math.nan, math.inf, -math.inf, 1e30), ids=str)
-@EVERY_BACKEND
 def test_ignored_rows_may_hold_anything(backend, filler, variant):
     rows = cases.make_rows(18, 9)
     clean = gradients(rows, variant, backend)

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from cases import F16, F32, F64, Rows, Variant
-from tolerance import assert_matches, expect
+from tolerance import Yardstick, assert_matches, expect
 
 from sortkd_kernels import fused_sort_dkd, fused_sort_kd
 
@@ -25,8 +25,32 @@ def test_narrow_and_wide_logits(backend, scale, variant):
     want = expect(rows, variant)
     # Below float32's normal range a probability is 0: what that leaves out is its size, times T, deviation and weights.
     floor = 2.0**-120
-    want = want._replace(yardstick=type(want.yardstick)(*(x + floor for x in want.yardstick)))
+    want = want._replace(yardstick=Yardstick(*(x + floor for x in want.yardstick)))
     assert_matches(cases.run(rows, variant, backend), want)
+
+
+FAR = (20, 40, 54, 56, 68, 70, 100, 110, 150, 300, 3000)
+
+
+@pytest.mark.parametrize("decoupled", (False, True))
+@pytest.mark.parametrize("T", (1.0, 2.0, 4.0, 2.5))
+@pytest.mark.parametrize("sides", (("student",), ("teacher",), ("student", "teacher")), ids=str)
+@FUSED_BACKENDS
+def test_a_label_far_from_the_rest(backend, sides, T, decoupled):
+    """Above all others or below them, on both sides of where exponentials relative to the label leave float32's range."""
+    for distance in (-70, 56) if backend in cases.LOGITS_LIMIT else (*FAR, *(-d for d in FAR)):
+        rows = cases.make_rows(12, 9)
+        label = rows.target.clamp_min(0).unsqueeze(-1)
+        for side in sides:
+            logits = getattr(rows, side)
+            logits.scatter_(1, label, logits.amax(-1, keepdim=True) + distance)
+        options = {"reduction": "none", "ce_weight": 0.3, "correction": "none"}
+        want = expect(rows, Variant("", options, decoupled, T))
+        # Relative to the label, exponents of the likely classes are as deep as it is far: 100 in base 2, where ordinary
+        # rows have 20. Where both sides are certain the loss is below what float64 makes of 1 - 1.
+        floor = T**2 * 2.0**-28
+        want = want._replace(yardstick=Yardstick(*(6 * x + floor for x in want.yardstick)))
+        assert_matches(cases.run(rows, want.variant, backend), want)
 
 
 @pytest.mark.parametrize("variant", [cases.BY_NAME["rows"], cases.BY_NAME["T4-ce-rows"]], ids=str)

@@ -26,8 +26,15 @@ def corrected(teacher, target, correction):
 
 
 @pytest.mark.parametrize("correction", ("sort", "swap", "none"))
-@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
-@pytest.mark.parametrize(("backend", "shape"), cases.backend_shapes((*cases.SHAPES, cases.LARGE)), ids=str)
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype"),
+    [
+        (backend, shape, dtype)
+        for backend, shape in cases.backend_shapes((*cases.SHAPES, cases.LARGE))
+        for dtype in ((F32, F64, BF16, F16) if backend not in cases.LOGITS_LIMIT or shape.C == 9 else (F32,))
+    ],
+    ids=str,
+)
 def test_equals_the_two_sorts(backend, shape, dtype, correction):
     """Only values move, so nothing is rounded and the comparison is exact, halves in their own dtype."""
     _, teacher, target = cases.make_rows(shape.N, shape.C, (dtype, dtype))

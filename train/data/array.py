@@ -15,8 +15,7 @@ from .loader import Loader, Request, collect
 from .plan import BatchPlan
 from .seeds import generator
 
-# Images augmented at once: enough to pay for the calls' fixed cost, few enough (3 KB each) to stay in a CPU's cache and
-# in memory that the allocator keeps, where larger blocks would be fresh pages every time.
+# Images augmented at once: enough to pay for the calls' fixed cost, few enough for 3 KB each to stay in a CPU's cache.
 _AT_ONCE = 256
 
 
@@ -74,10 +73,16 @@ class ArrayLoader(Loader):
         self._epoch_table: tuple[int, Tensor] | None = None
 
     def _images(self, requests: Iterable[Request]) -> Iterator[Tensor]:
+        buffer = self._crop_flip.buffer(0)
         for group in collect(requests, _AT_ONCE):
             index = torch.cat([request.index for request in group])
+            # One buffer for the whole pass: between the batches that come and go, a block of its own would have the
+            # C library give pages back and fetch them again, which takes as long as all the rest.
+            if len(buffer) < len(index):
+                buffer = self._crop_flip.buffer(len(index))
             with _one_thread():
-                crops = self._crop_flip(index, torch.cat([self._choices(request) for request in group]))
+                choices = torch.cat([self._choices(request) for request in group])
+                crops = self._crop_flip(index, choices, buffer[: len(index)])
             for part in crops.split([len(request.index) for request in group]):
                 with _one_thread():
                     images = self._normalize(part)

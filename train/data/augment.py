@@ -36,7 +36,8 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         """The normalised images; no two calls share memory."""
         count, height, width, channels = images.shape
-        flat = torch.addcmul(self._shift, images.reshape(count, -1), self._scale)  # float32, in one pass
+        flat = images.reshape(count, -1).to(torch.float32)
+        torch.addcmul(self._shift, flat, self._scale, out=flat)  # in place: a second block a batch costs fresh pages
         return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -78,15 +79,20 @@ class CropFlip:
         )
         self._steps = torch.arange(self._height, device=device) * self._row
 
-    def __call__(self, index: Tensor, crop_flip: Tensor) -> Tensor:
+    def buffer(self, count: int) -> Tensor:
+        """Memory for `count` crops: uint8 ``[count, H, W, C]`` on the device."""
+        shape = (count, self._height, self._width, self._channels)
+        return torch.empty(shape, dtype=torch.uint8, device=self._crop_rows.device)
+
+    def __call__(self, index: Tensor, crop_flip: Tensor, out: Tensor) -> Tensor:
         """The images `index` (host), cropped and then flipped as `crop_flip` (host, `draw_crop_flip`'s rows) says.
 
-        uint8 ``[B, H, W, C]`` on the device.
+        They are written into `out`, a `buffer` of as many crops, which is returned.
         """
         top, left, flip = crop_flip.long().unbind(1)
         # To crop and then to flip is to crop the mirror image, as far from its other edge.
         left = torch.where(flip.bool(), 2 * self._padding - left, left)
         first = ((index + flip * self._samples) * self._rows + top) * self._row + left
         rows = to_device(first, self._crop_rows.device)[:, None] + self._steps
-        crops = self._crop_rows.index_select(0, rows.view(-1))
-        return crops.view(-1, self._height, self._width, self._channels)
+        torch.index_select(self._crop_rows, 0, rows.view(-1), out=out.view(-1, self._width * self._channels))
+        return out
