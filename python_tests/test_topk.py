@@ -84,9 +84,40 @@ def test_dtypes(backend, tail, dtypes):
     check(backend, VARIANTS[1], tail, 6, 12, 5, dtypes)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("k", (1, 7, 64))
+@pytest.mark.parametrize("tail", ("renormalize", "uniform"))
+def test_few_of_many(tail, k, variant):
+    """The native kernel never writes the absent classes out: whole vectors, and blocks of them, hold nothing of the k."""
+    check("native", variant, tail, 24, 3001, k)
+
+
 @pytest.mark.parametrize("tail", ("renormalize", "uniform"))
 def test_a_vocabulary(tail):
     check("native", VARIANTS[1], tail, 7, 32000, 64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_label_among_the_k_below_the_tail(backend, variant):
+    """A server may append the label's own value, however small: then absent classes are above it, and move too."""
+    C, k = 40, 3
+    rows = cases.make_rows(6, C)
+    target = torch.tensor([0, 17, 39, 20, 31, 16])
+    indices = torch.stack([(target + 5) % C, target, (target + 23) % C], 1)
+    values = torch.tensor([[0.3, 1e-6, 0.2]]).log().expand(6, k).contiguous()
+    full = [full_row(v, i, C, "uniform") for v, i in zip(values.double().tolist(), indices.tolist(), strict=True)]
+    want = expect(Rows(rows.student, torch.tensor(full, dtype=F64), target), variant)
+    want = want._replace(rows=Rows(rows.student, values, target), yardstick=conditioned(want.yardstick, values))
+
+    def call(student, values, target, temperature):
+        return fused_sort_kd_topk(
+            student, values, indices, target, tail="uniform", temperature=temperature, backend=backend,
+            return_parts=True, **variant.options,
+        )  # fmt: skip
+
+    result = cases.run(want.rows, variant, backend, lambda _: call)
+    assert_matches(result, want)
 
 
 @pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)

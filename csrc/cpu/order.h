@@ -63,6 +63,11 @@ inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
       count += row.logits[j] > row.label_value;
     }
   };
+  if (row.sparse) {
+    for (int64_t k = 0; k < row.breaks.count; ++k)
+      collect(row.breaks.at[k], std::min<int64_t>(row.breaks.at[k] + V::size(), row.C));
+    return count;
+  }
   int64_t i = 0;
   for (; i + V::size() <= row.C && count < rank; i += V::size()) {
     const V hit = (V::loadu(row.logits + i) > threshold) & V(T(1));
@@ -157,8 +162,15 @@ inline void rotate(const Row<T>& row, T* corrected, Above<T>& above, int64_t ran
 template <typename T>
 inline void swap_with_largest(const Row<T>& row, T* corrected) {
   int64_t top = row.label;
-  for (int64_t i = 0; i < row.C; ++i)
-    if (corrected[i] > corrected[top] || (corrected[i] == corrected[top] && i < top)) top = i;
+  const auto search = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (corrected[i] > corrected[top] || (corrected[i] == corrected[top] && i < top)) top = i;
+  };
+  if (row.sparse)
+    for (int64_t k = 0; k < row.breaks.count; ++k)
+      search(row.breaks.at[k], std::min<int64_t>(row.breaks.at[k] + Vec<T>::size(), row.C));
+  else
+    search(0, row.C);
   std::swap(corrected[top], corrected[row.label]);
 }
 

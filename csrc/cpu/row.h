@@ -10,15 +10,48 @@
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
 
+// Where the vectors start that are not like the rest of their row, ascending: the label's, the last if the row does not fill
+// it, and of a top-k teacher those that hold one of the k.
+struct Breaks {
+  const int32_t* at;
+  int64_t count;
+};
+
 template <typename T>
 struct Row {
-  const T* logits;  // [C], in the caller's memory or in scratch
+  const T* logits;  // [C], in the caller's memory or in scratch; of a sparse row only the vectors at its breaks
   T* exps;          // scratch of C values, padded to whole vectors
   int64_t C;
   int64_t label;
   T label_value;
   T reference;  // exponentials are taken relative to this logit
+  Breaks breaks;
+  bool sparse;  // beyond the breaks every class holds `tail`, which is not above the label's logit
+  T tail;
 };
+
+// run(begin, end) for the whole vectors between the breaks, special(i) for the vectors at them.
+template <typename T, typename Run, typename Special>
+inline void for_runs(int64_t C, const Breaks& breaks, Run&& run, Special&& special) {
+  int64_t i = 0;
+  for (int64_t k = 0; k < breaks.count; ++k) {
+    const int64_t at = breaks.at[k];
+    if (i < at) run(i, at);
+    special(at);
+    i = at + Vec<T>::size();
+  }
+  if (i < C) run(i, C);
+}
+
+// The breaks of an ordinary row: at most two.
+template <typename T>
+inline int64_t ordinary_breaks(int64_t C, int64_t label, int32_t* at) {
+  constexpr int64_t kWidth = Vec<T>::size();
+  const int64_t of_label = label / kWidth * kWidth, last = C / kWidth * kWidth;
+  at[0] = static_cast<int32_t>(of_label);
+  at[1] = static_cast<int32_t>(last);
+  return 1 + (last < C && last != of_label);
+}
 
 // The vector at `i` of a row, `fill` beyond its end.
 template <typename T>
@@ -30,11 +63,10 @@ inline Vec<T> load_filled(const T* row, int64_t i, int64_t C, T fill) {
 
 // The same with the label's own logit taken out: sums and maxima run over the other classes, -infinity adding nothing.
 template <typename T>
-inline Vec<T> load_others(const T* row, int64_t i, int64_t C, int64_t label) {
-  const Vec<T> lowest(-std::numeric_limits<T>::infinity());
-  if (i != label / Vec<T>::size() * Vec<T>::size()) return load_filled(row, i, C, -std::numeric_limits<T>::infinity());
-  return Vec<T>::blendv(load_filled(row, i, C, -std::numeric_limits<T>::infinity()), lowest,
-                        Vec<T>::arange(T(0), T(1)) == Vec<T>(static_cast<T>(label - i)));
+inline Vec<T> load_others(const Row<T>& row, int64_t i) {
+  const Vec<T> x = load_filled(row.logits, i, row.C, -std::numeric_limits<T>::infinity());
+  return Vec<T>::blendv(x, Vec<T>(-std::numeric_limits<T>::infinity()),
+                        Vec<T>::arange(T(0), T(1)) == Vec<T>(static_cast<T>(row.label - i)));
 }
 
 // f(offset, accumulator) for every vector of a row. Two accumulators, so that one addition need not wait for the last.
@@ -53,10 +85,17 @@ inline void for_vectors(int64_t C, F&& f) {
 template <typename T>
 inline int64_t rank_of(const Row<T>& row) {
   using V = Vec<T>;
+  const V threshold(row.label_value);
   V count[2] = {V(T(0)), V(T(0))};
-  const V threshold(row.label_value), one(T(1));
-  const int64_t whole = row.C / V::size() * V::size();
-  for_vectors<T>(whole, [&](int64_t i, int k) { count[k] = count[k] + ((V::loadu(row.logits + i) > threshold) & one); });
+  int64_t whole = 0;
+  if (row.sparse) {
+    for (int64_t k = 0; k < row.breaks.count; ++k)
+      count[0] = count_above(count[0], load_others(row, row.breaks.at[k]), threshold);
+    whole = row.C;
+  } else {
+    whole = row.C / V::size() * V::size();
+    for_vectors<T>(whole, [&](int64_t i, int k) { count[k] = count_above(count[k], V::loadu(row.logits + i), threshold); });
+  }
   int64_t rank = static_cast<int64_t>(sum_of(count[0] + count[1]));
   for (int64_t i = whole; i < row.C; ++i) rank += row.logits[i] > row.label_value;
   return rank;
@@ -66,10 +105,14 @@ inline int64_t rank_of(const Row<T>& row) {
 template <typename T>
 inline T max_of_others(const Row<T>& row) {
   using V = Vec<T>;
-  V largest(-std::numeric_limits<T>::infinity());
-  for_vectors<T>(row.C, [&](int64_t i, int) {
-    largest = at::vec::clamp_min(load_others(row.logits, i, row.C, row.label), largest);
-  });
+  V largest(row.sparse ? row.tail : -std::numeric_limits<T>::infinity());
+  for_runs<T>(
+      row.C, row.breaks,
+      [&](int64_t begin, int64_t end) {
+        if (!row.sparse)
+          for (int64_t i = begin; i < end; i += V::size()) largest = at::vec::clamp_min(V::loadu(row.logits + i), largest);
+      },
+      [&](int64_t i) { largest = at::vec::clamp_min(load_others(row, i), largest); });
   return max_of(largest);
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "simd.h"
 
@@ -85,20 +86,55 @@ inline void store_tile(const T* rows, int64_t pitch, int64_t C, int64_t inner, i
     for (int64_t r = 0; r < count; ++r) x[c * inner + r] = static_cast<X>(rows[r * pitch + c]);
 }
 
-// A top-k teacher as the full row that it stands for: absent classes share the mass that the k leave (`uniform_tail`,
-// the values being log-probabilities), or have none.
+// What an absent class of a top-k teacher holds: an equal share of the mass that the k leave (`uniform`, the values being
+// log-probabilities), or nothing.
 template <typename X, typename T>
-inline void load_top_k(const X* values, const int64_t* indices, int64_t k, int64_t C, bool uniform_tail, T* row) {
-  T tail = -std::numeric_limits<T>::infinity();
-  if (uniform_tail && k < C) {
-    double mass = 0;
-    for (int64_t j = 0; j < k; ++j) mass += std::exp(static_cast<double>(values[j]));
-    // Rounding may leave a hair above 1: then nothing is left for the tail.
-    if (mass < 1) tail = static_cast<T>(std::log((1 - mass) / static_cast<double>(C - k)));
-    if (std::isnan(mass)) tail = std::numeric_limits<T>::quiet_NaN();
-  }
+inline T tail_of(const X* values, int64_t k, int64_t C, bool uniform) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  if (!uniform || k == C) return kLowest;
+  double mass = 0;
+  for (int64_t j = 0; j < k; ++j) mass += std::exp(static_cast<double>(values[j]));
+  if (std::isnan(mass)) return std::numeric_limits<T>::quiet_NaN();
+  // Rounding may leave a hair above 1: then nothing is left for the tail.
+  return mass < 1 ? static_cast<T>(std::log((1 - mass) / static_cast<double>(C - k))) : kLowest;
+}
+
+// The whole row that a top-k teacher stands for.
+template <typename X, typename T>
+inline void densify(const X* values, const int64_t* indices, int64_t k, int64_t C, T tail, T* row) {
   std::fill(row, row + C, tail);
   for (int64_t j = 0; j < k; ++j) row[indices[j]] = static_cast<T>(values[j]);
+}
+
+// The same row without what is far from the k and from the label: only the vectors at its breaks are written. Their places go
+// to `at`, their number is returned; `seen` is scratch of a byte for each vector, in whole words of 8.
+template <typename X, typename T>
+inline int64_t scatter(const X* values, const int64_t* indices, int64_t k, int64_t C, int64_t label, T tail, T* row,
+                       uint8_t* seen, int32_t* at) {
+  constexpr int64_t kWidth = Vec<T>::size();
+  const int64_t words = (C + 8 * kWidth - 1) / (8 * kWidth);
+  std::memset(seen, 0, words * 8);
+  const auto claim = [&](int64_t c) {
+    uint8_t& mark = seen[c / kWidth];
+    if (!std::exchange(mark, 1)) std::fill_n(row + c / kWidth * kWidth, kWidth, tail);
+  };
+  claim(label);
+  if (C % kWidth) claim(C - 1);
+  for (int64_t j = 0; j < k; ++j) {
+    claim(indices[j]);
+    row[indices[j]] = static_cast<T>(values[j]);
+  }
+  int64_t count = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    uint64_t any;
+    std::memcpy(&any, seen + word * 8, sizeof any);
+    if (!any) continue;
+    for (int64_t v = word * 8; v < word * 8 + 8; ++v) {
+      at[count] = static_cast<int32_t>(v * kWidth);
+      count += seen[v];
+    }
+  }
+  return count;
 }
 
 }  // namespace CPU_CAPABILITY

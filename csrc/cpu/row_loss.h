@@ -23,12 +23,13 @@ struct Exponents {
   T plain;             // from the student's v to its v at temperature 1
 };
 
-// The next row of each side, to be fetched while this one is computed: the loops alternate between waiting for memory and
-// arithmetic, and the hardware's own prefetcher stops at the end of what has been asked for.
-struct NextRow {
-  const char* student;
-  const char* teacher;
-  int64_t student_bytes, teacher_bytes;
+// What the caches are to fetch while a row is computed: the next row of each side, and where this row's gradient will be
+// written. Without it the loops alternate between waiting for memory and arithmetic.
+struct Ahead {
+  const char *student, *teacher;
+  int64_t student_bytes, teacher_bytes;  // of an element
+  const char* grad;
+  int64_t grad_bytes;
 };
 
 template <Plain plain, typename T>
@@ -39,75 +40,99 @@ inline Vec<T> plain_exp(const Vec<T>& e, const Vec<T>& v, T to_plain) {
   return exp2(v * Vec<T>(to_plain));
 }
 
-template <typename T, Plain plain, bool moments>
-constexpr bool keeps_v = plain == Plain::Own || moments;
-
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2e = 1.44269504088896340736;
 
-// Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums. `v_row`
-// receives the student's v.
-template <typename T, Plain plain, bool moments>
-inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, T* v_row, const Exponents<T>& scale,
-                               const NextRow& next) {
+template <typename T>
+struct VectorSums {
   using V = Vec<T>;
-  const int64_t C = student.C;
-  const V scale_s(scale.student), scale_t(scale.teacher);
-  const V reference_s(student.reference), reference_t(teacher.reference);
-  V total_s(T(0)), total_t(T(0)), total_cross(T(0)), total_plain(T(0));
-  V moment_s(T(0)), moment_t(T(0)), moment_cross(T(0));
-  // Sums of short blocks first: a running sum over 10^5 terms would lose five digits.
-  constexpr int64_t kBlock = 64 * V::size();
-  for (int64_t block = 0; block < C; block += kBlock) {
-    const int64_t end = std::min(block + kBlock, C);
-    V sum_s(T(0)), sum_t(T(0)), sum_cross(T(0)), sum_plain(T(0));
-    V sum_ms(T(0)), sum_mt(T(0)), sum_mc(T(0));
-    for (int64_t i = block; i < end; i += V::size()) {
-      if (next.student) {
-        prefetch(next.student + i * next.student_bytes);
-        prefetch(next.teacher + i * next.teacher_bytes);
-      }
-      // The difference first: a fused x * scale - c would save an operation, and the digits of logits with a large offset.
-      const V v_s = (load_others(student.logits, i, C, student.label) - reference_s) * scale_s;
-      const V v_t = (load_others(teacher.logits, i, C, teacher.label) - reference_t) * scale_t;
-      const V e_s = exp2(v_s), e_t = exp2(v_t);
-      e_s.store(student.exps + i);
-      e_t.store(teacher.exps + i);
-      sum_s = sum_s + e_s;
-      sum_t = sum_t + e_t;
-      const V gap = v_t - v_s;
-      sum_cross = add_nonzero(sum_cross, e_t, gap);
-      if constexpr (keeps_v<T, plain, moments>) v_s.store(v_row + i);
-      if constexpr (plain != Plain::None) sum_plain = sum_plain + plain_exp<plain>(e_s, v_s, scale.plain);
-      if constexpr (moments) {
-        sum_ms = add_nonzero(sum_ms, e_s, v_s);
-        sum_mt = add_nonzero(sum_mt, e_t, v_t);
-        sum_mc = add_nonzero(sum_mc, e_t, gap * v_t);
-      }
-    }
-    total_s = total_s + sum_s;
-    total_t = total_t + sum_t;
-    total_cross = total_cross + sum_cross;
-    total_plain = total_plain + sum_plain;
-    moment_s = moment_s + sum_ms;
-    moment_t = moment_t + sum_mt;
-    moment_cross = moment_cross + sum_mc;
+  V student{T(0)}, teacher{T(0)}, cross{T(0)}, plain{T(0)};
+  V moment_student{T(0)}, moment_teacher{T(0)}, moment_cross{T(0)};
+  VectorSums& operator+=(const VectorSums& x) {
+    student = student + x.student;
+    teacher = teacher + x.teacher;
+    cross = cross + x.cross;
+    plain = plain + x.plain;
+    moment_student = moment_student + x.moment_student;
+    moment_teacher = moment_teacher + x.moment_teacher;
+    moment_cross = moment_cross + x.moment_cross;
+    return *this;
   }
+};
+
+// Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums.
+template <typename T, Plain plain, bool moments, bool sparse>
+inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
+                               const Ahead& ahead) {
+  using V = Vec<T>;
+  // Copies: as far as the compiler knows, a stored exponential may overwrite anything that it has to be fetched from.
+  const T *const logits_s = student.logits, *const logits_t = teacher.logits;
+  T *const exps_s = student.exps, *const exps_t = teacher.exps;
+  const Exponent<T, moments> exponent_s{student.reference, scale.student}, exponent_t{teacher.reference, scale.teacher};
+  const T to_plain = scale.plain;
+  const Ahead fetch = ahead;
+  const auto add = [&](VectorSums<T>& sums, const V& v_s, const V& e_s, const V& v_t, const V& e_t) {
+    sums.student = sums.student + e_s;
+    sums.teacher = sums.teacher + e_t;
+    const V gap = v_t - v_s;
+    sums.cross = add_nonzero(sums.cross, e_t, gap);
+    if constexpr (plain != Plain::None) sums.plain = sums.plain + plain_exp<plain>(e_s, v_s, to_plain);
+    if constexpr (moments) {
+      sums.moment_student = add_nonzero(sums.moment_student, e_s, v_s);
+      sums.moment_teacher = add_nonzero(sums.moment_teacher, e_t, v_t);
+      sums.moment_cross = add_nonzero(sums.moment_cross, e_t, gap * v_t);
+    }
+  };
+  const auto exponential = [](const V& v, T* place) {
+    const V e = exp2(v);
+    e.store(place);
+    return e;
+  };
+  const V v_tail = sparse ? exponent_t(V(teacher.tail)) : V(T(0)), e_tail = exp2(v_tail);
+  VectorSums<T> total;
+  for_runs<T>(
+      student.C, teacher.breaks,
+      [&](int64_t begin, int64_t end) {
+        // Sums of short blocks first: a running sum over 10^5 terms would lose five digits.
+        for (int64_t block = begin; block < end; block += 64 * V::size()) {
+          const int64_t block_end = std::min(block + 64 * V::size(), end);
+          VectorSums<T> sums;
+          for (int64_t i = block; i < block_end; i += V::size()) {
+            prefetch(fetch.student + i * fetch.student_bytes);
+            if constexpr (!sparse) prefetch(fetch.teacher + i * fetch.teacher_bytes);
+            prefetch_to_write(fetch.grad + i * fetch.grad_bytes);
+            const V v_s = exponent_s(V::loadu(logits_s + i));
+            const V e_s = exponential(v_s, exps_s + i);
+            if constexpr (sparse) {
+              add(sums, v_s, e_s, v_tail, e_tail);
+            } else {
+              const V v_t = exponent_t(V::loadu(logits_t + i));
+              add(sums, v_s, e_s, v_t, exponential(v_t, exps_t + i));
+            }
+          }
+          total += sums;
+        }
+      },
+      [&](int64_t i) {
+        const V v_s = exponent_s(load_others(student, i));
+        const V v_t = exponent_t(load_others(teacher, i));
+        add(total, v_s, exponential(v_s, exps_s + i), v_t, exponential(v_t, exps_t + i));
+      });
   const T ln2 = static_cast<T>(kLn2);
   RowSums<T> sums{};
-  sums.z_student = sum_of(total_s);
-  sums.z_teacher = sum_of(total_t);
-  sums.cross = sum_of(total_cross) * ln2;
-  sums.v_label_student = (student.label_value - student.reference) * scale.student * ln2;
-  sums.v_label_teacher = (teacher.label_value - teacher.reference) * scale.teacher * ln2;
+  sums.z_student = sum_of(total.student);
+  sums.z_teacher = sum_of(total.teacher);
+  sums.cross = sum_of(total.cross) * ln2;
+  sums.v_label_student = exponent_s(student.label_value) * ln2;
+  sums.v_label_teacher = exponent_t(teacher.label_value) * ln2;
   if constexpr (plain != Plain::None) {
-    sums.z_plain = sum_of(total_plain);
-    sums.v_label_plain = sums.v_label_student * scale.plain;
+    sums.z_plain = sum_of(total.plain);
+    sums.v_label_plain = sums.v_label_student * to_plain;
   }
   if constexpr (moments) {
-    sums.moment_student = sum_of(moment_s) * ln2;
-    sums.moment_teacher = sum_of(moment_t) * ln2;
-    sums.moment_cross = sum_of(moment_cross) * (ln2 * ln2);
+    sums.moment_student = sum_of(total.moment_student) * ln2;
+    sums.moment_teacher = sum_of(total.moment_teacher) * ln2;
+    sums.moment_cross = sum_of(total.moment_cross) * (ln2 * ln2);
   }
   return sums;
 }
@@ -121,13 +146,12 @@ inline bool well_scaled(T z) {
 
 // Exponentials relative to the label's own logits first, which need no search for a maximum: a label is seldom e^55 away from
 // the rest. Where it is, or is infinite, or where sums of squares want small terms (`centred`), relative to the maxima.
-template <typename T, Plain plain, bool moments>
-inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, T* v_row, const Exponents<T>& scale, const NextRow& next,
-                           bool centred) {
+template <typename T, Plain plain, bool moments, bool sparse>
+inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, const Exponents<T>& scale, const Ahead& ahead, bool centred) {
   if (!centred && std::isfinite(student.label_value) && std::isfinite(teacher.label_value)) {
     student.reference = student.label_value;
     teacher.reference = teacher.label_value;
-    const RowSums<T> sums = exponentiate<T, plain, moments>(student, teacher, v_row, scale, next);
+    const RowSums<T> sums = exponentiate<T, plain, moments, sparse>(student, teacher, scale, ahead);
     if (well_scaled(sums.z_student) && well_scaled(sums.z_teacher) && (plain == Plain::None || well_scaled(sums.z_plain)))
       return sums;
   }
@@ -137,7 +161,7 @@ inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, T* v_row, const Exp
     row->reference = max_of_others(*row);
     if (row->reference == kLowest) row->reference = T(0);
   }
-  return exponentiate<T, plain, moments>(student, teacher, v_row, scale, next);
+  return exponentiate<T, plain, moments, sparse>(student, teacher, scale, ahead);
 }
 
 // grad[i] = on_student e_s - on_teacher e_t + on_plain e_1 - along (v_s - v_mean), and the label's entry on its own.
@@ -145,26 +169,41 @@ template <typename T>
 struct Coefficients {
   T on_student, on_teacher, on_plain, at_label;
   T along, v_mean;  // the way through the student's standard deviation
-  T plain;          // as in Exponents
 };
 
-template <typename T, Plain plain, bool moments>
-inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const T* v_row, const Coefficients<T>& c,
-                           T* grad) {
+// `grad` may be the student's own memory: each logit is read for the last time just before its place is written.
+template <typename T, Plain plain, bool moments, bool sparse>
+inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
+                           const Coefficients<T>& c, T* grad) {
   using V = Vec<T>;
+  const T *const logits = student.logits, *const exps_s = student.exps, *const exps_t = teacher.exps;
   const V on_student(c.on_student), on_teacher(c.on_teacher), on_plain(c.on_plain), along(c.along), v_mean(c.v_mean);
-  const auto at = [&](int64_t i) {
-    const V e_s = V::loadu(student.exps + i);
+  const Exponent<T, moments> exponent_s{student.reference, scale.student}, exponent_t{teacher.reference, scale.teacher};
+  const T to_plain = scale.plain;
+  const int64_t C = student.C;
+  const auto gradient = [&](const V& e_s, const V& from_teacher, const auto& logit) {
+    V g = e_s * on_student - from_teacher;
     V v;
-    if constexpr (keeps_v<T, plain, moments>) v = V::loadu(v_row + i);
-    V g = e_s * on_student - V::loadu(teacher.exps + i) * on_teacher;
-    if constexpr (plain != Plain::None) g = at::vec::fmadd(plain_exp<plain>(e_s, v, c.plain), on_plain, g);
+    if constexpr (plain == Plain::Own || moments) v = exponent_s(logit());
+    if constexpr (plain != Plain::None) g = at::vec::fmadd(plain_exp<plain>(e_s, v, to_plain), on_plain, g);
     if constexpr (moments) g = g - along * (v - v_mean);
     return g;
   };
-  int64_t i = 0;
-  for (; i + V::size() <= student.C; i += V::size()) at(i).store(grad + i);
-  if (i < student.C) at(i).store(grad + i, static_cast<int>(student.C - i));
+  const V tail = sparse ? exp2(exponent_t(V(teacher.tail))) * on_teacher : V(T(0));
+  for_runs<T>(
+      C, teacher.breaks,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += V::size()) {
+          V from_teacher = tail;
+          if constexpr (!sparse) from_teacher = V::loadu(exps_t + i) * on_teacher;
+          gradient(V::loadu(exps_s + i), from_teacher, [&] { return V::loadu(logits + i); }).store(grad + i);
+        }
+      },
+      [&](int64_t i) {
+        const int count = static_cast<int>(std::min<int64_t>(V::size(), C - i));
+        gradient(V::loadu(exps_s + i), V::loadu(exps_t + i) * on_teacher, [&] { return V::loadu(logits + i, count); })
+            .store(grad + i, count);
+      });
   grad[student.label] = c.at_label;
 }
 

@@ -33,22 +33,27 @@ constexpr int64_t kTileBytes = 16 << 10;
 
 template <typename T>
 struct Workspace {
-  int64_t padded, tile;
+  int64_t padded, tile, max_breaks;
   std::unique_ptr<char[]> memory;
   T *student, *teacher;          // logits that are not in the caller's memory as they are needed
   T *exp_student, *exp_teacher;  // exponentials
-  T* v;                          // the student's exponents, where the gradient needs them
+  std::unique_ptr<int32_t[]> breaks;
+  std::unique_ptr<uint8_t[]> seen;  // for `scatter`
   Above<T> above;
 
-  Workspace(const Layout& layout, bool with_v) {
-    constexpr int64_t kAlign = 64;
-    padded = (layout.C + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
+  // k: of a top-k teacher, else 0.
+  Workspace(const Layout& layout, int64_t k) {
+    constexpr int64_t kAlign = 64, kWidth = Vec<T>::size();
+    padded = (layout.C + kWidth - 1) / kWidth * kWidth;
     const int64_t row_bytes = padded * static_cast<int64_t>(sizeof(T));
     tile = layout.inner > 1 ? kMaxTile : std::clamp<int64_t>(kTileBytes / (2 * row_bytes), 1, kMaxTile);
-    memory.reset(new char[(with_v ? 5 : 4) * tile * row_bytes + kAlign]);
+    memory.reset(new char[4 * tile * row_bytes + kAlign]);
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     T* next = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
-    for (T** rows : {&student, &teacher, &exp_student, &exp_teacher, &v}) *rows = std::exchange(next, next + tile * padded);
+    for (T** rows : {&student, &teacher, &exp_student, &exp_teacher}) *rows = std::exchange(next, next + tile * padded);
+    max_breaks = k + 8;  // the label's and the last vector, and a word of `scatter` beyond
+    breaks.reset(new int32_t[tile * max_breaks]);
+    if (k) seen.reset(new uint8_t[padded / kWidth + 8]);
   }
 };
 
@@ -57,7 +62,6 @@ template <typename T>
 struct RowState {
   bool counts;
   Row<T> student, teacher;
-  T* v;
   T temperature, inverse;  // inverse: d u / d s without the way through the deviation
   Moments<T> of_student;
   Exponents<T> scale;
@@ -75,13 +79,11 @@ struct LossRows {
   const bool direct_teacher =
       inner == 1 && args.teacher_dtype == c10::CppTypeToScalarType<T>::value && !args.teacher_indices;
 
-  // A top-k teacher's row is made in scratch and overwritten by its exponentials, since a row more would not stay in L2: there
-  // is no second try, so the first must be safe. The temperature's gradient is a covariance, which wants small terms.
-  const bool in_place = args.teacher_indices != nullptr;
-  const bool centred = in_place || args.grad_temperature;
+  // The temperature's gradient is a covariance, which wants small terms.
+  const bool centred = args.grad_temperature;
 
   void run(int64_t begin, int64_t end) const {
-    Workspace<T> work(args.layout, keeps_v<T, plain, moments>);
+    Workspace<T> work(args.layout, args.k);
     RowState<T> rows[kMaxTile];
     for (int64_t n = begin; n < end;) {
       const int64_t in_block = inner == 1 ? end - n : std::min(end - n, inner - n % inner);
@@ -89,9 +91,7 @@ struct LossRows {
       load(n, count, work);
       for (int64_t r = 0; r < count; ++r) prepare(n + r, r, rows[r], work);
       for (int64_t r = 0; r < count; ++r)
-        if (rows[r].counts)
-          rows[r].sums = row_sums<T, plain, moments>(rows[r].student, rows[r].teacher, rows[r].v, rows[r].scale,
-                                                     next_row(n + r + count, end), centred);
+        if (rows[r].counts) sum(rows[r], ahead(n + r, n + r + count < end ? n + r + count : -1, r, work));
       for (int64_t r = 0; r < count; ++r) finish(n + r, rows[r], gradient_place(n + r, r, work));
       if (args.grad_student && !direct_student) store(n, count, work);
       n += count;
@@ -100,11 +100,29 @@ struct LossRows {
 
   int64_t offset(int64_t n) const { return inner == 1 ? n * C : n / inner * C * inner + n % inner; }
 
-  NextRow next_row(int64_t n, int64_t end) const {
-    if (n >= end || inner != 1 || args.teacher_indices) return {};
-    return {element(args.student, args.student_dtype, n * C), element(args.teacher, args.teacher_dtype, n * C),
-            static_cast<int64_t>(c10::elementSize(args.student_dtype)),
-            static_cast<int64_t>(c10::elementSize(args.teacher_dtype))};
+  void sum(RowState<T>& row, const Ahead& ahead) const {
+    row.sums = row.teacher.sparse
+                   ? row_sums<T, plain, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
+                   : row_sums<T, plain, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
+  }
+
+  // While row n is computed, in place r of its tile. Where there is nothing to fetch the addresses stay on one cached line.
+  Ahead ahead(int64_t n, int64_t next, int64_t r, const Workspace<T>& work) const {
+    const char* nothing = reinterpret_cast<const char*>(work.exp_student + r * work.padded);
+    Ahead ahead{nothing, nothing, 0, 0, nothing, 0};
+    if (next >= 0 && inner == 1) {
+      ahead.student = element(args.student, args.student_dtype, next * C);
+      ahead.student_bytes = c10::elementSize(args.student_dtype);
+      if (!args.teacher_indices) {
+        ahead.teacher = element(args.teacher, args.teacher_dtype, next * C);
+        ahead.teacher_bytes = c10::elementSize(args.teacher_dtype);
+      }
+    }
+    if (args.grad_student && inner == 1) {
+      ahead.grad = element(args.grad_student, args.student_dtype, n * C);
+      ahead.grad_bytes = c10::elementSize(args.student_dtype);
+    }
+    return ahead;
   }
 
   T* gradient_place(int64_t n, int64_t r, const Workspace<T>& work) const {
@@ -117,12 +135,9 @@ struct LossRows {
       const auto* x = static_cast<const decltype(tag)*>(args.student) + offset(n);
       load_tile(x, C, inner, count, work.student, work.padded);
     });
-    if (!direct_teacher) with_dtype(args.teacher_dtype, [&](auto tag) {
-      const auto* x = static_cast<const decltype(tag)*>(args.teacher);
-      if (!args.teacher_indices) return load_tile(x + offset(n), C, inner, count, work.teacher, work.padded);
-      for (int64_t i = n; i < n + count; ++i)
-        load_top_k(x + i * args.k, args.teacher_indices + i * args.k, args.k, C, options.uniform_tail,
-                   work.teacher + (i - n) * work.padded);
+    if (!direct_teacher && !args.teacher_indices) with_dtype(args.teacher_dtype, [&](auto tag) {
+      const auto* x = static_cast<const decltype(tag)*>(args.teacher) + offset(n);
+      load_tile(x, C, inner, count, work.teacher, work.padded);
     });
   }
 
@@ -140,7 +155,13 @@ struct LossRows {
     const int64_t at = r * work.padded;
     const T* student = direct_student ? static_cast<const T*>(args.student) + n * C : work.student + at;
     const T* teacher = direct_teacher ? static_cast<const T*>(args.teacher) + n * C : work.teacher + at;
-    row.v = work.v + at;
+    int32_t* breaks = work.breaks.get() + r * work.max_breaks;
+    row.teacher = {teacher, work.exp_teacher + at, C, label, T(0), T(0), {breaks, 0}, false, T(0)};
+    if (args.teacher_indices)
+      read_top_k(n, row.teacher, work.teacher + at, breaks, work.seen.get());
+    else
+      row.teacher.breaks.count = ordinary_breaks<T>(C, label, breaks);
+    row.teacher.label_value = teacher[label];
     row.temperature = static_cast<const T*>(args.temperature)[n * args.temperature_stride];
     T inverse_teacher = row.inverse = T(1) / row.temperature;
     if (options.standardize) {
@@ -149,13 +170,26 @@ struct LossRows {
       row.inverse /= of_student.std + T(kStandardizeEps);
       inverse_teacher /= of_teacher.std + T(kStandardizeEps);
     }
-    row.student = {student, work.exp_student + at, C, label, student[label], T(0)};
-    row.teacher = {teacher, (in_place ? work.teacher : work.exp_teacher) + at, C, label, teacher[label], T(0)};
+    row.student = {student, work.exp_student + at, C, label, student[label], T(0), row.teacher.breaks, false, T(0)};
     const int64_t rank = rank_of(row.teacher);
     if (args.rank) args.rank[n] = static_cast<int32_t>(rank);
     correct(row.teacher, work.teacher + at, work.above, options.correction, rank);
     const T log2e = static_cast<T>(kLog2e);
     row.scale = {row.inverse * log2e, inverse_teacher * log2e, T(1) / row.inverse};
+  }
+
+  // Sparse, unless the tail is above the label's logit (or is NaN): then the correction moves absent classes too.
+  void read_top_k(int64_t n, Row<T>& row, T* scratch, int32_t* breaks, uint8_t* seen) const {
+    with_dtype(args.teacher_dtype, [&](auto tag) {
+      const int64_t k = args.k, *indices = args.teacher_indices + n * k;
+      const auto* values = static_cast<const decltype(tag)*>(args.teacher) + n * k;
+      row.tail = tail_of<decltype(tag), T>(values, k, C, options.uniform_tail);
+      row.breaks.count = scatter(values, indices, k, C, row.label, row.tail, scratch, seen, breaks);
+      row.sparse = row.tail <= scratch[row.label] && !options.standardize;
+      if (row.sparse) return;
+      densify(values, indices, k, C, row.tail, scratch);
+      row.breaks.count = ordinary_breaks<T>(C, row.label, breaks);
+    });
   }
 
   void finish(int64_t n, const RowState<T>& row, T* grad) const {
@@ -178,7 +212,12 @@ struct LossRows {
     if (ce) *ce = terms.ce;
     const T upstream = static_cast<const T*>(args.upstream)[n * args.upstream_stride];
     if (grad_temperature) *grad_temperature = upstream * T(options.kd_weight) * terms.grad_temperature;
-    if (grad) write_gradient<T, plain, moments>(row.student, row.teacher, row.v, coefficients(row, terms, upstream), grad);
+    if (!grad) return;
+    const Coefficients<T> c = coefficients(row, terms, upstream);
+    if (row.teacher.sparse)
+      write_gradient<T, plain, moments, true>(row.student, row.teacher, row.scale, c, grad);
+    else
+      write_gradient<T, plain, moments, false>(row.student, row.teacher, row.scale, c, grad);
   }
 
   // d loss / d s = (T^2 dF/du) (du/ds), and under standardization the way through the student's deviation.
@@ -190,12 +229,11 @@ struct LossRows {
     c.on_teacher = kd_scale * terms.on_teacher;
     c.on_plain = ce_scale * terms.on_plain;
     c.at_label = kd_scale * terms.at_label + ce_scale * terms.plain_at_label;
-    c.plain = row.scale.plain;
     if (options.standardize && row.of_student.std > T(0)) {
       const T deviation = row.of_student.std + T(kStandardizeEps);
       const T along = kd_scale * terms.along_u / (row.inverse * T(C - 1) * row.of_student.std);
       c.along = along * static_cast<T>(kLn2) / (row.inverse * deviation);  // v counts in bits of u, z in deviations
-      c.v_mean = (row.of_student.mean - row.student.reference) * row.scale.student;
+      c.v_mean = Exponent<T, moments>{row.student.reference, row.scale.student}(row.of_student.mean);
       c.at_label -= along * (row.student.label_value - row.of_student.mean) / deviation;
     }
     return c;
@@ -220,7 +258,7 @@ inline void choose_loss_rows(const LossArgs& args, int64_t begin, int64_t end) {
 template <typename T>
 inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
   const int64_t C = args.layout.C;
-  Workspace<T> work(args.layout, false);
+  Workspace<T> work(args.layout, 0);
   with_dtype(args.dtype, [&](auto tag) {
     using X = decltype(tag);
     for (int64_t n = begin; n < end; ++n) {
@@ -232,7 +270,7 @@ inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
         continue;
       }
       load_row(x, C, work.teacher);
-      Row<T> row{work.teacher, nullptr, C, label, work.teacher[label], T(0)};
+      Row<T> row{work.teacher, nullptr, C, label, work.teacher[label], T(0), {nullptr, 0}, false, T(0)};
       correct(row, work.teacher, work.above, args.correction, rank_of(row));
       if (has_nan(work.teacher, C)) std::fill(work.teacher, work.teacher + C, std::numeric_limits<T>::quiet_NaN());
       store_row(work.teacher, C, out);
