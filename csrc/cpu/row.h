@@ -10,6 +10,15 @@
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
 
+// A short row and the next fit in L1 together, on both sides; of a long one only what comes next is fetched ahead. Of a huge
+// one not even the gradient's memory would stay in L2 until it is written. Measured, as is the distance, in logits.
+constexpr int64_t kLongRowBytes = 16 << 10, kHugeRowBytes = 256 << 10;
+constexpr int64_t kAhead = 1024;
+template <typename T>
+inline bool is_longer(int64_t C, int64_t bytes) {
+  return C * static_cast<int64_t>(sizeof(T)) > bytes;
+}
+
 // Where the vectors start that are not like the rest of their row, ascending: the label's, the last if the row does not fill
 // it, and of a top-k teacher those that hold one of the k.
 struct Breaks {
@@ -94,7 +103,11 @@ inline int64_t rank_of(const Row<T>& row) {
     whole = row.C;
   } else {
     whole = row.C / V::size() * V::size();
-    for_vectors<T>(whole, [&](int64_t i, int k) { count[k] = count_above(count[k], V::loadu(row.logits + i), threshold); });
+    const int64_t ahead = is_longer<T>(row.C, kLongRowBytes) ? kAhead : 0;
+    for_vectors<T>(whole, [&](int64_t i, int k) {
+      prefetch(reinterpret_cast<const char*>(row.logits + i + ahead));
+      count[k] = count_above(count[k], V::loadu(row.logits + i), threshold);
+    });
   }
   int64_t rank = static_cast<int64_t>(sum_of(count[0] + count[1]));
   for (int64_t i = whole; i < row.C; ++i) rank += row.logits[i] > row.label_value;

@@ -23,7 +23,7 @@ struct Exponents {
   T plain;             // from the student's v to its v at temperature 1
 };
 
-// What the caches are to fetch while a row is computed: the next row of each side, and where this row's gradient will be
+// What the caches are to fetch while a row is computed: what comes next of each side, and where this row's gradient will be
 // written. Without it the loops alternate between waiting for memory and arithmetic.
 struct Ahead {
   const char *student, *teacher;
@@ -180,7 +180,7 @@ inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const E
   const V on_student(c.on_student), on_teacher(c.on_teacher), on_plain(c.on_plain), along(c.along), v_mean(c.v_mean);
   const Exponent<T, moments> exponent_s{student.reference, scale.student}, exponent_t{teacher.reference, scale.teacher};
   const T to_plain = scale.plain;
-  const int64_t C = student.C;
+  const int64_t C = student.C, fetched = is_longer<T>(C, kHugeRowBytes) ? kAhead : 0;
   const auto gradient = [&](const V& e_s, const V& from_teacher, const auto& logit) {
     V g = e_s * on_student - from_teacher;
     V v;
@@ -194,6 +194,7 @@ inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const E
       C, teacher.breaks,
       [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i += V::size()) {
+          prefetch_to_write(reinterpret_cast<const char*>(grad + i + fetched));
           V from_teacher = tail;
           if constexpr (!sparse) from_teacher = V::loadu(exps_t + i) * on_teacher;
           gradient(V::loadu(exps_s + i), from_teacher, [&] { return V::loadu(logits + i); }).store(grad + i);

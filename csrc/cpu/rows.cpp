@@ -91,7 +91,7 @@ struct LossRows {
       load(n, count, work);
       for (int64_t r = 0; r < count; ++r) prepare(n + r, r, rows[r], work);
       for (int64_t r = 0; r < count; ++r)
-        if (rows[r].counts) sum(rows[r], ahead(n + r, n + r + count < end ? n + r + count : -1, r, work));
+        if (rows[r].counts) sum(rows[r], ahead(n + r, count, r, work));
       for (int64_t r = 0; r < count; ++r) finish(n + r, rows[r], gradient_place(n + r, r, work));
       if (args.grad_student && !direct_student) store(n, count, work);
       n += count;
@@ -106,19 +106,21 @@ struct LossRows {
                    : row_sums<T, plain, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
   }
 
-  // While row n is computed, in place r of its tile. Where there is nothing to fetch the addresses stay on one cached line.
-  Ahead ahead(int64_t n, int64_t next, int64_t r, const Workspace<T>& work) const {
+  // While row n is computed, in place r of a tile of `count`. Where there is nothing to fetch the addresses stay on one cached
+  // line; past the end of the logits they do no harm.
+  Ahead ahead(int64_t n, int64_t count, int64_t r, const Workspace<T>& work) const {
     const char* nothing = reinterpret_cast<const char*>(work.exp_student + r * work.padded);
     Ahead ahead{nothing, nothing, 0, 0, nothing, 0};
-    if (next >= 0 && inner == 1) {
-      ahead.student = element(args.student, args.student_dtype, next * C);
+    if (inner == 1) {
+      const int64_t next = is_longer<T>(C, kLongRowBytes) ? n * C + kAhead : (n + count) * C;
+      ahead.student = element(args.student, args.student_dtype, next);
       ahead.student_bytes = c10::elementSize(args.student_dtype);
       if (!args.teacher_indices) {
-        ahead.teacher = element(args.teacher, args.teacher_dtype, next * C);
+        ahead.teacher = element(args.teacher, args.teacher_dtype, next);
         ahead.teacher_bytes = c10::elementSize(args.teacher_dtype);
       }
     }
-    if (args.grad_student && inner == 1) {
+    if (args.grad_student && inner == 1 && !is_longer<T>(C, kHugeRowBytes)) {
       ahead.grad = element(args.grad_student, args.student_dtype, n * C);
       ahead.grad_bytes = c10::elementSize(args.student_dtype);
     }
