@@ -9,8 +9,10 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csr
 demo: $(VENV)/train
 	$(BIN)/python train/run.py
 
+# A process a core: the tensors are small, and one thread each is fastest (python_tests/conftest.py). Not in pyproject.toml,
+# so that a plain `pytest` needs no plugin and starts at once.
 test: $(VENV)/all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 # Alone on the machine, or the ratios mean nothing.
 bench: $(VENV)/all

@@ -1,13 +1,15 @@
 """Configurations: files of the field run unchanged, recipes are the published ones, errors name key and nearest."""
 
+import re
+
 import pytest
 import torch
-from train_cases import CONFIGS
+from train_cases import CONFIGS, ROOT
 
 from train.assembly import make_model
 from train.config import ConfigError, flatten, load_config, published_pairs
 from train.naming import method_label, run_folder, teacher_weights
-from train.run import parse
+from train.run import main, parse
 
 CIFAR, IMAGENET = CONFIGS / "cifar100", CONFIGS / "imagenet"
 METHODS = ["vanilla", "kd", "dkd", "ctkd", "lskd", "lskd_dkd"]
@@ -221,3 +223,15 @@ def test_the_command_line_takes_seeds_before_overrides():
     assert (arguments.pair, arguments.seeds, len(arguments.overrides)) == (["a", "b"], [4], 4)
     with pytest.raises(SystemExit):
         parse(["--seeds", "one"])
+
+
+def test_the_readmes_commands_are_valid(capsys):
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    python train/run\.py (.+)$", text, re.MULTILINE)
+    for command in commands:
+        main([*command.replace("train/configs", str(CONFIGS)).split(), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "student resnet32x4: 7,433,860 parameters" in shown and "student resnet8x4: 1,233,540 parameters" in shown
+    for key, value in re.findall(r"`([A-Z]+(?:\.[A-Z_]+)+) (\w+)`", text):
+        assert str(flatten(load_config(CIFAR / "kd.yaml", [key, value]).model_dump())[key]) == value
+    assert len(commands) == 2 and "`TEACHER.CACHE_VIEWS 4`" in text

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -32,13 +33,20 @@ def plain(num_classes):
 
 
 def train_all(commands):
-    """In a rank: a run for each of the lists of words, resumed where `--resume` is among them."""
+    """In a rank: a run for each of the lists of words, resumed where `--resume` is among them.
+
+    Where `--refused` is among them it must be refused, with the same words on every rank: a rank that went on alone
+    would wait for the others.
+    """
     models._BUILDERS["digits"]["plain"] = plain
     torch.set_num_threads(1)
     with join("cpu") as world:
         for words in commands:
-            config = load_config(CONFIGS / "digits" / "kd.yaml", [word for word in words if word != "--resume"])
-            train(config, world, resume="--resume" in words, quiet=True)
+            overrides = [word for word in words if not word.startswith("--")]
+            config = load_config(CONFIGS / "digits" / "kd.yaml", overrides)
+            refused = pytest.raises(ConfigError, match="expected a new run folder")
+            with refused if "--refused" in words else nullcontext():
+                train(config, world, resume="--resume" in words, quiet=True)
 
 
 def two_ranks(tmp_path, *commands):
@@ -58,7 +66,8 @@ def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
     method = ["DISTILLER.STUDENT", "plain", "DISTILLER.LEARNED_TEMPERATURE", "true", "CTKD.EPOCHS", "2"]
     words = tiny_words(tmp_path, teacher, "EXPERIMENT.NAME", "two")
     with_batch_norm = tiny_words(tmp_path, teacher, "EXPERIMENT.NAME", "normalised")
-    two_ranks(tmp_path, [*words, *method, "SOLVER.EPOCHS", "1"], [*words, *method, "--resume"], with_batch_norm)
+    first, again = [*words, *method, "SOLVER.EPOCHS", "1"], [*words, *method]
+    two_ranks(tmp_path, first, [*again, "--refused"], [*again, "--resume"], with_batch_norm)
 
     monkeypatch.setitem(models._BUILDERS["digits"], "plain", plain)
     one = train(tiny(tmp_path, teacher, "EXPERIMENT.NAME", "one", *method), CPU, quiet=True)

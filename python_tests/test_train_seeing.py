@@ -77,7 +77,7 @@ def test_wandb_offline(tmp_path, teacher, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is optional")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = train(tiny(tmp_path, teacher, "LOG.WANDB", "true", "EXPERIMENT.TAG", "a,b"), CPU, quiet=True)
+    run = train(tiny(tmp_path, teacher, "LOG.WANDB", "true", "EXPERIMENT.TAG", "a,,b"), CPU, quiet=True)
     (page,) = run.folder.glob("wandb/offline-run-*/*.wandb")
     content = page.read_bytes()
     for written in (b"SOLVER.BATCH_SIZE", b"test_top1", b"best_top1", b"corrected"):
@@ -158,7 +158,7 @@ def test_a_published_file_is_evaluated_with_its_configuration(teacher, capsys):
     assert "test_top1 " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"--eval: .*digits|--eval: load_weights: expected .* entries of DigitsNet"):
         main([*KD, "--eval", str(teacher)])
-    with pytest.raises(SystemExit, match=r"expected a checkpoint, got nowhere\.pth"):
+    with pytest.raises(SystemExit, match=r"expected the file of a checkpoint, got nowhere\.pth"):
         main(["--eval", "nowhere.pth"])
 
 

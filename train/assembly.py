@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .checkpoint import seed_everything
 from .config import ConfigError
@@ -24,6 +25,7 @@ def build_trainer(config: Config, world: World, loaders: Loaders | None = None) 
     loaders = loaders or make_loaders(config, world)
     seed_everything(config.EXPERIMENT.SEED)  # the same weights on every rank
     student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
+    check_fits("DISTILLER.STUDENT", student, loaders.num_classes, loaders.image_shape)
     distiller = Distiller(student, config)
     teacher = None if config.DISTILLER.TYPE == "NONE" else make_teacher(config, loaders, world)
     trainer = Trainer(config, loaders, distiller, teacher, world)
@@ -45,7 +47,7 @@ def make_loaders(config: Config, world: World) -> Loaders:
             num_workers=dataset.NUM_WORKERS, device=world.device, seed=config.EXPERIMENT.SEED, rank=world.rank,
             world_size=world.size, views=config.TEACHER.CACHE_VIEWS, view_seed=config.TEACHER.CACHE_SEED,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"DATASET.ROOT: {error}") from error
 
 
@@ -64,6 +66,20 @@ def make_model(
         raise ConfigError(f"{keys}: {error}") from error
 
 
+@torch.no_grad()
+def check_fits(key: str, model: nn.Module, num_classes: int, image_shape: tuple[int, ...]) -> None:
+    """Refuse a model that takes other images or returns other logits than the data's, by one black image."""
+    try:
+        image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+        logits = model.eval()(image)
+    except Exception as error:  # whatever the library of the model raises
+        raise ConfigError(f"{key}: expected a model of {image_shape} images, got one that says: {error}") from error
+    model.train()
+    came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if came != (1, num_classes):
+        raise ConfigError(f"{key}: expected a model that returns logits {(1, num_classes)}, got one of {came}")
+
+
 def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:
     """The frozen teacher, or its cache."""
     name, weights = config.DISTILLER.TEACHER, teacher_weights(config)
@@ -75,9 +91,14 @@ def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:
             f"train/configs/{config.DATASET.TYPE}/vanilla.yaml DISTILLER.STUDENT {name}` and give its checkpoint, or "
             f"unpack mdistiller's cifar_teachers.tar (its release `checkpoints` on GitHub) into {config.TEACHER.ROOT}"
         ) from error
+    check_fits("DISTILLER.TEACHER", model, loaders.num_classes, loaders.image_shape)
     amp = config.SOLVER.AMP if config.TEACHER.AMP == "same" else config.TEACHER.AMP
-    return build_teacher(
-        model.to(world.device), loaders, weights_digest=state_digest(model), views=config.TEACHER.CACHE_VIEWS,
-        cache_dir=Path(config.TEACHER.CACHE_DIR or Path(config.DATASET.ROOT) / "teacher_cache"),
-        amp_dtype=AMP_DTYPES[amp], compile=config.TEACHER.COMPILE, channels_last=True,
-    )  # fmt: skip
+    cache_dir = Path(config.TEACHER.CACHE_DIR or Path(config.DATASET.ROOT) / "teacher_cache")
+    try:
+        return build_teacher(
+            model.to(world.device), loaders, weights_digest=state_digest(model), views=config.TEACHER.CACHE_VIEWS,
+            cache_dir=cache_dir, amp_dtype=AMP_DTYPES[amp], compile=config.TEACHER.COMPILE, channels_last=True,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        key = "TEACHER.CACHE_VIEWS" if isinstance(error, ValueError) else "TEACHER.CACHE_DIR"
+        raise ConfigError(f"{key}: {error}") from error

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +17,7 @@ from .checkpoint import DamagedCheckpoint, read
 from .config import ConfigError, load_config, merge, published_pairs, validate
 from .describe import describe
 from .distributed import World, join
-from .experiment import evaluate_checkpoint, train
+from .experiment import check_new, evaluate_checkpoint, train
 from .guard import NonFiniteLoss
 from .plots import plot_groups
 from .schema import Config
@@ -34,8 +36,10 @@ def execute(arguments: argparse.Namespace) -> None:
             torch.set_num_threads(config.EXPERIMENT.THREADS)
         with join(config.EXPERIMENT.DEVICE) as world:
             _execute(arguments, config, world)
-    except (ConfigError, DamagedCheckpoint, FileNotFoundError, NonFiniteLoss) as error:
+    except (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on after the last finished epoch")
 
 
 def _execute(arguments: argparse.Namespace, config: Config, world: World) -> None:
@@ -52,10 +56,11 @@ def _execute(arguments: argparse.Namespace, config: Config, world: World) -> Non
 def _train_seeds(config: Config, seeds: Sequence[int], world: World, *, resume: bool) -> None:
     """A run for each seed, then their mean and standard deviation."""
     values = config.model_dump()
-    runs = []
-    for seed in seeds:
-        seeded = validate(merge(values, {"EXPERIMENT": {"SEED": seed}}))
-        runs.append(train(seeded, world, resume=resume))
+    configs = [validate(merge(values, {"EXPERIMENT": {"SEED": seed}})) for seed in seeds]
+    if not resume:
+        for seeded in configs:  # all of them first: not the third after days with the first two
+            check_new(seeded)
+    runs = [train(seeded, world, resume=resume) for seeded in configs]
     if not world.is_main:
         return
     groups, folder = group_runs(runs), runs[0].folder.parent
@@ -69,19 +74,31 @@ def _train_seeds(config: Config, seeds: Sequence[int], world: World, *, resume: 
 
 def _config(arguments: argparse.Namespace) -> Config:
     path, overrides = arguments.cfg, arguments.overrides
-    if arguments.seeds and path is None:
-        raise ConfigError("--seeds: expected --cfg beside it, got none; the demo has its own seeds")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ConfigError(f"--seeds: expected each seed once, got {arguments.seeds}")
     if arguments.eval and not arguments.eval.is_file():
-        raise FileNotFoundError(f"--eval: expected a checkpoint, got {arguments.eval}: no such file")
+        raise ConfigError(f"--eval: expected the file of a checkpoint, got {arguments.eval}: no such file")
     if arguments.eval and path is None:
-        # One of our checkpoints knows what it is of.
-        start = read(arguments.eval).get("config")
-        if start is None:
-            raise ConfigError(f"--cfg: expected a configuration, because {arguments.eval} holds none, got none")
-        return load_config(None, overrides, pair=arguments.pair, start=start)
+        return load_config(None, overrides, pair=arguments.pair, start=_config_in(arguments.eval))
+    for option in ("seeds", "pair", "resume"):
+        if getattr(arguments, option) and path is None:
+            raise ConfigError(f"--{option}: expected --cfg beside it, got none; the demo has its own runs")
     config = load_config(path or demo.TEACHER_CONFIG, overrides, pair=arguments.pair)
     pair = f"{config.DISTILLER.TEACHER} -> {config.DISTILLER.STUDENT}"
     published = published_pairs(path) if path is not None else []
     if config.DISTILLER.TYPE != "NONE" and published and pair not in published:
         print(f"{pair}: no published recipe; the values of {path} are those of its other pairs", file=sys.stderr)
     return config
+
+
+def _config_in(checkpoint: Path) -> dict[str, Any]:
+    """The configuration that one of our checkpoints holds."""
+    try:
+        return read(checkpoint)["config"]
+    except (DamagedCheckpoint, KeyError) as error:
+        found = "none in it" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"--cfg: expected beside --eval for a file that no run of this trainer wrote, got {found}; give a "
+            "configuration whose DISTILLER.STUDENT is the file's model, as `--cfg train/configs/cifar100/vanilla.yaml "
+            "DISTILLER.STUDENT resnet56`"
+        ) from None

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .assembly import make_loaders, make_model
+from .assembly import check_fits, make_loaders, make_model
 from .distributed import World
 from .naming import method_label, run_folder
 from .schema import Config
@@ -28,6 +28,7 @@ def describe(config: Config) -> str:
     for role, name in names.items():
         with torch.device("meta"):  # shapes alone: no memory, no arithmetic
             model = make_model(f"DISTILLER.{role.upper()}", config, classes, shape)
+            check_fits(f"DISTILLER.{role.upper()}", model, classes, shape)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         macs = count_macs(model, shape)
         lines.append(f"{role} {name}: {parameters:,} parameters, {macs:,} multiply-accumulates a {_times(shape)} image")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,7 @@ class World:
 @contextmanager
 def join(device: str = "auto") -> Iterator[World]:
     """The world that torchrun set up, joined while the context lasts; alone where it did not."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = _device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # the shapes stay the same; on a GPU bits are not promised
@@ -64,8 +63,45 @@ def gather(value: Any, world: World) -> list[Any]:
     return values
 
 
+def on_main(work: Callable[[], Any], world: World) -> Any:
+    """What `work` returns on the main rank, on every rank.
+
+    What it raises is raised on every rank too: those that went on alone would wait for the main one.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+    value, error = gather((value, error), world)[0]
+    if error is not None:
+        raise error
+    return value
+
+
 def same_buffers(module: nn.Module, world: World) -> None:
     """Give every rank the main rank's buffers: each kept BatchNorm statistics of its own rows."""
     if world.size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def _device(name: str) -> torch.device:
+    """The device that EXPERIMENT.DEVICE means for this process."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"EXPERIMENT.DEVICE: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return device
+    # torchrun numbers the processes of a machine, and each takes a GPU of its own.
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"EXPERIMENT.DEVICE: expected GPU {index} to be there, got {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)

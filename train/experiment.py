@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .assembly import build_trainer, make_loaders, make_model
+from .assembly import build_trainer, check_fits, make_loaders, make_model
 from .checkpoint import Checkpoints, generator_states, read, set_generator_states
+from .claim import LOCK, claimed
 from .config import ConfigError, flatten
 from .data import Loaders
-from .distributed import World, gather
+from .distributed import World, gather, on_main
+from .guard import NonFiniteLoss
 from .logs import Progress, Row, RunLog
-from .loop import AMP_DTYPES, evaluate
+from .loop import AMP_DTYPES, Trainer, evaluate
 from .models import load_weights
 from .naming import method_label, run_folder, run_name
 from .plots import plot_run
@@ -42,18 +46,50 @@ def train(
     `overwrite` removes an earlier run in the same folder; `quiet` leaves out the line of each epoch; `loaders` takes
     the place of the configured data's.
     """
-    folder = run_folder(config)
-    checkpoints = Checkpoints(folder / "checkpoints", config.LOG.SAVE_CHECKPOINT_FREQ)
-    # One rank chooses for all: two that started from different epochs would wait for each other for ever.
-    newest = gather(checkpoints.newest() if resume and world.is_main else None, world)[0]
-    state = None if newest is None else read(newest)
-    if state is not None:
-        _check_same(config, state, world)
-    elif world.is_main and resume:
-        warnings.warn(f"--resume: no checkpoint in {checkpoints.folder} yet; starting from the beginning", stacklevel=2)
-    elif world.is_main and checkpoints.epochs():
-        _clear(folder, overwrite=overwrite)
-    trainer = build_trainer(config, world, loaders)
+    checkpoints = checkpoints_of(config)
+
+    def start() -> Path | None:
+        stack.enter_context(claimed(run_folder(config)))
+        if resume:
+            newest = checkpoints.newest()
+            if newest is None:
+                text = f"--resume: no checkpoint in {checkpoints.folder} yet; starting from the beginning"
+                warnings.warn(text, stacklevel=2)
+            return newest
+        if overwrite:
+            _clear(run_folder(config))
+        check_new(config)
+        return None
+
+    with ExitStack() as stack:
+        # One rank chooses for all: two that started from different epochs would wait for each other for ever.
+        newest = on_main(start, world)
+        state = None if newest is None else read(newest)
+        if state is not None:
+            _check_same(config, state, world)
+        trainer = build_trainer(config, world, loaders)
+        run = _train(trainer, state, checkpoints, quiet=quiet)
+        gather(None, world)  # on every rank the files are there once this returns
+    return run
+
+
+def checkpoints_of(config: Config) -> Checkpoints:
+    """The checkpoints in a run's folder."""
+    return Checkpoints(run_folder(config) / "checkpoints", config.LOG.SAVE_CHECKPOINT_FREQ)
+
+
+def check_new(config: Config) -> None:
+    """Refuse to start a run where there is one."""
+    if checkpoints_of(config).epochs():
+        raise ConfigError(
+            f"EXPERIMENT.NAME: expected a new run folder, got {run_folder(config)}, which holds a run; continue it "
+            "with --resume, or choose another EXPERIMENT.NAME or EXPERIMENT.SEED, or delete the folder"
+        )
+
+
+def _train(trainer: Trainer, state: dict[str, Any] | None, checkpoints: Checkpoints, *, quiet: bool) -> Run:
+    """The epochs that are left, each logged and saved, and what a finished run leaves."""
+    config, world, folder = trainer.config, trainer.world, run_folder(trainer.config)
     if state is not None:
         trainer.load(state)
         set_generator_states(state["generators"][world.rank])
@@ -65,6 +101,7 @@ def train(
         for epoch in range(len(history) + 1, epochs + 1):
             row = trainer.train_epoch(epoch, progress, log)
             row |= trainer.evaluate()
+            _check_finite(row)
             history.append(row)
             row["best_top1"] = trainer.best["test_top1"]
             generators = gather(generator_states(), world)
@@ -81,7 +118,6 @@ def train(
     if world.is_main:
         plot_run(history, folder / "curves.png", f"{run_name(config)}, seed {config.EXPERIMENT.SEED}")
         (folder / "summary.json").write_text(json.dumps({**statistics_of([run]), **machine(world)}, indent=1) + "\n")
-    gather(None, world)  # on every rank the files are there once this returns
     return run
 
 
@@ -89,6 +125,7 @@ def evaluate_checkpoint(config: Config, path: Path, world: World) -> Row:
     """The test numbers of a checkpoint's weights, ours or a published file's, as the configured student."""
     loaders = make_loaders(config, world)
     student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
+    check_fits("DISTILLER.STUDENT", student, loaders.num_classes, loaders.image_shape)
     try:
         load_weights(student, path)
     except ValueError as error:
@@ -108,13 +145,22 @@ def machine(world: World) -> dict[str, Any]:
     }
 
 
-def _clear(folder: Path, *, overwrite: bool) -> None:
-    if not overwrite:
-        raise ConfigError(
-            f"EXPERIMENT.NAME: expected a new run folder, got {folder}, which holds a run; continue it with --resume, "
-            "or choose another EXPERIMENT.NAME or EXPERIMENT.SEED, or delete the folder"
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _check_finite(row: Row) -> None:
+    """Weights can break in an epoch's last step, after which no training loss is left to tell."""
+    if not math.isfinite(row["test_ce"]):
+        raise NonFiniteLoss(
+            f"expected a finite test loss after epoch {row['epoch']}, got {row['test_ce']}; lr {row['lr']}, training "
+            f"loss {row['train_loss']:.6g}; the checkpoints hold the epochs before; start again with a lower "
+            "SOLVER.LR, or with SOLVER.AMP bf16 or none"
         )
-    shutil.rmtree(folder)
 
 
 def _check_same(config: Config, state: dict[str, Any], world: World) -> None:
@@ -125,6 +171,10 @@ def _check_same(config: Config, state: dict[str, Any], world: World) -> None:
         raise ConfigError(f"--resume: expected the configuration of the run, got a checkpoint with {differences}")
     if len(state["generators"]) != world.size:
         raise ConfigError(f"--resume: expected {len(state['generators'])} ranks, as the run had, got {world.size}")
+    if state["epoch"] > config.SOLVER.EPOCHS:
+        raise ConfigError(
+            f"SOLVER.EPOCHS: expected {state['epoch']} or more, which the run has finished, got {config.SOLVER.EPOCHS}"
+        )
 
 
 def _line(row: Row, best: Row) -> str:

@@ -58,7 +58,7 @@ def _describe(out: SortKDOutput, logits: Tensor, teacher: Tensor | None, batch: 
         ", ".join(f"{name} {value}" for name, value in numbers.items()),
         *(_range(name, x) for name, x in (("images", batch.images), ("student", logits), ("teacher", teacher))),
         f"labels {batch.labels.min().item()} to {batch.labels.max().item()}, images of the batch: {_indices(batch)}",
-        "the checkpoints hold the epochs before; try a lower SOLVER.LR, or SOLVER.AMP bf16 or none",
+        "the checkpoints hold the epochs before; start again with a lower SOLVER.LR, or with SOLVER.AMP bf16 or none",
     ]
     return "\n  ".join(line for line in lines if line)
 

@@ -14,7 +14,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .config import flatten
+from .config import ConfigError, flatten
 from .schema import Config
 
 Row = dict[str, float]
@@ -107,11 +107,18 @@ class RunLog:
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:
-    import wandb  # optional, and slow to import
+    try:
+        import wandb  # optional, and slow to import
+    except ImportError as error:
+        raise ConfigError(f"LOG.WANDB: expected wandb, got '{error}'; pip install wandb") from error
 
     # The same folder is the same page, so that a resumed run goes on where it was.
     page = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(
-        project=config.EXPERIMENT.PROJECT, name="/".join(folder.parts[-2:]), id=page, resume="allow", dir=str(folder),
-        tags=config.EXPERIMENT.TAG.split(","), config=flatten(config.model_dump()),
-    )  # fmt: skip
+    try:
+        return wandb.init(
+            project=config.EXPERIMENT.PROJECT, name="/".join(folder.parts[-2:]), id=page, resume="allow",
+            dir=str(folder), config=flatten(config.model_dump()),
+            tags=[tag[:64] for tag in config.EXPERIMENT.TAG.split(",") if tag],  # wandb takes 1 to 64 characters
+        )  # fmt: skip
+    except wandb.Error as error:
+        raise ConfigError(f"LOG.WANDB: {error} Or set WANDB_MODE=offline, or leave LOG.WANDB false.") from error

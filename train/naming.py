@@ -25,7 +25,7 @@ def method_label(config: Config) -> str:
 def run_name(config: Config) -> str:
     """NAME, or else TAG as mdistiller has it, or else the method and the pair."""
     experiment, distiller = config.EXPERIMENT, config.DISTILLER
-    if experiment.NAME or experiment.TAG != "default":
+    if experiment.NAME or experiment.TAG not in ("", "default"):
         return experiment.NAME or experiment.TAG
     models = [distiller.STUDENT] if distiller.TYPE == "NONE" else [distiller.TEACHER, distiller.STUDENT]
     return "_".join([method_label(config).lower(), *models]).replace("/", "-")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,5 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # as in run.py
+    # As in run.py.
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parent.parent)]
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     main()

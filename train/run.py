@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The checkout takes the place of this folder, whose `config` and `report` would hide other packages' names: so the
-    # command works from anywhere, and nothing called `train` needs to be installed.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # The checkout instead of this folder, whose `config` and `report` would hide other packages' names: so the command
+    # works from anywhere, and nothing called `train` needs to be installed. At the end, because an installed
+    # sortkd_kernels has its compiled extension, and the checkout's has one only where it was built in place.
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parent.parent)]
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for users, whom lines of code don't help
     main()

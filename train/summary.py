@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +43,6 @@ def read_run(folder: Path) -> Run:
     """A run from its folder."""
     with (folder / "metrics.csv").open(newline="") as file:
         history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    if not history:
-        raise ValueError(f"report: expected finished epochs in {folder / 'metrics.csv'}, got none")
     return Run(folder, validate(yaml.safe_load((folder / "config.yaml").read_text())), history)
 
 
@@ -54,18 +54,30 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
         if not folders:
             raise FileNotFoundError(f"report: expected a run, or a folder of runs, at {path}, got no metrics.csv there")
         runs |= {folder.resolve(): read_run(folder) for folder in folders}
-    return list(runs.values())
+    for run in runs.values():
+        if not run.history:
+            warnings.warn(f"{run.folder}: no finished epoch; left out", stacklevel=2)
+    finished = [run for run in runs.values() if run.history]
+    if not finished:
+        raise ValueError(f"report: expected a finished epoch in one of {len(runs)} runs, got none")
+    return finished
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in the seed alone, under a label that tells the groups apart."""
+    """Runs that differ in the seed alone, under a label that tells the groups apart: as short as does that."""
     folders: dict[Path, list[Run]] = {}
     for run in runs:
         folders.setdefault(run.folder.resolve().parent, []).append(run)
     labels = {folder: method_label(group[0].config) for folder, group in folders.items()}
-    for pick in (lambda folder: _pair(folders[folder][0].config), lambda folder: f"{folder.parent.name}/{folder.name}"):
-        if len(set(labels.values())) < len(labels):
-            labels = {folder: f"{label}, {pick(folder)}" for folder, label in labels.items()}
+    pairs = {folder: _pair(group[0].config) for folder, group in folders.items()}
+    names = {folder: f"{folder.parent.name}/{folder.name}" for folder in folders}
+    if len(set(names.values())) < len(names):
+        names = {folder: os.path.relpath(folder) for folder in folders}
+    for more in (pairs, names):
+        for label in set(labels.values()):
+            same = [folder for folder in folders if labels[folder] == label]
+            if len({more[folder] for folder in same}) > 1:
+                labels |= {folder: f"{label}, {more[folder]}" for folder in same}
     return {labels[folder]: group for folder, group in folders.items()}
 
 
@@ -82,7 +94,8 @@ def statistics_of(group: Sequence[Run]) -> dict[str, Any]:
         "method": method_label(first.config),
         "pair": _pair(first.config),
         "seeds": [run.config.EXPERIMENT.SEED for run in group],
-        "epochs": len(first.history),
+        "epochs": min(len(run.history) for run in group),
+        "planned_epochs": first.config.SOLVER.EPOCHS,
         "best": spread([run.best for run in group]),
         "last": spread([run.last for run in group]),
         "corrected": statistics.fmean(row["corrected"] for row in epochs),
@@ -103,7 +116,8 @@ def markdown_table(groups: Mapping[str, Sequence[Run]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for label, group in groups.items():
         facts = statistics_of(group)
-        cells = [label, facts["pair"], str(len(group)), str(facts["epochs"])]
+        planned = "" if facts["epochs"] == facts["planned_epochs"] else f" of {facts['planned_epochs']}"
+        cells = [label, facts["pair"], str(len(group)), f"{facts['epochs']}{planned}"]
         cells += [_plus_minus(facts["best"]), _plus_minus(facts["last"])]
         cells += [f"{100 * facts['corrected']:.1f}%", f"{facts['seconds_per_epoch']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
