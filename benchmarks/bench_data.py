@@ -25,7 +25,8 @@ from torchvision import transforms as v1
 from torchvision.datasets import CIFAR100
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is part of the checkout and never installed
+# `train` is part of the checkout and never installed; an installed sortkd_kernels goes before the checkout's.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import sortkd_kernels as sk
 from train.data import ArrayData, ArrayLoader, BatchPlan

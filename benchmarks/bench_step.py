@@ -27,7 +27,8 @@ from peers import paper_kd
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `train` is part of the checkout and never installed
+# `train` is part of the checkout and never installed; an installed sortkd_kernels goes before the checkout's.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import sortkd_kernels as sk
 from train.data import ArrayData, ArrayLoader, Batch, BatchPlan

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import workloads
+from gpu_peers import LIGER, has_liger, liger_kd, replayed
 from harness import Provider
 from torch import Tensor
 from torch.nn import functional as F
@@ -214,6 +215,9 @@ def shape_case(n: int, c: int, device: torch.device, quick: bool) -> list[Provid
     if not quick:
         providers.append(loss(PAPER_COMPILED, x, compiled(paper_kd), {}))
         providers.append(inplace(f"{backends(x)[0]} inplace", x, backends(x)[0]))
+    if device.type == "cuda":
+        providers += [replayed(fused(b, x, b), f"{b} graph") for b in backends(x) if b != "reference"]
+        providers += [loss(LIGER, x, liger_kd, plain)] if has_liger() else []
     if (n, c) == (64, 100):
         providers.append(loss("cross_entropy", x, cross_entropy, {"kd_weight": 0.0, "ce_weight": 1.0}))
     return providers

@@ -1,38 +1,30 @@
-"""The Triton kernels: run by Triton's interpreter against the reference in float64, and compiled for four GPUs offline.
+"""The Triton kernels, run by Triton's interpreter against the reference in float64.
 
 No GPU is needed and nothing here is a GPU timing. The interpreter executes what the kernels compute, not how a GPU
-schedules it; the compiled code is checked for what can be read off it: registers, spills, vector loads. The tables of
-cases.py run on this backend too; here are its own paths: ranks past the limits, rows in blocks, launches, layouts.
+schedules it; what the compiled code shows is in test_gpu_static.py. The tables of cases.py run on this backend too; here
+are its own paths: ranks past the limits, rows in blocks, launches, layouts.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
-import subprocess
-import sys
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_cases import CORRECTIONS, MEAN, METHODS, NONE, SUM, check, expected, make, run
 
 from sortkd_kernels import reference
 from sortkd_kernels.backends import triton as backend
 from sortkd_kernels.backends.triton import launch
-from sortkd_kernels.ops import reduce_rows, reference_sort_logits
+from sortkd_kernels.ops import reference_sort_logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, where the kernels mean inf and NaN
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-NONE, SUM, MEAN = range(3)
-CORRECTIONS = ("none", "sort", "swap")
-METHODS = tuple(itertools.product((False, True), repeat=3))  # decoupled, standardize, learned temperature
-WEIGHTS = (0.9, 0.7, 3.0, 0.1)  # kd, alpha, beta, ce
-
 # N, C, rank of the labels: why.
 CASES = (
     (1, 1, "right"),  # one class: every probability is 1, every sum without the label empty
@@ -55,60 +47,6 @@ def path(request, monkeypatch):
         monkeypatch.setattr(launch, "CLASS_BLOCK", 16)
         monkeypatch.setattr(launch, "ROWS_A_LAUNCH", 2)
     return request.param
-
-
-def make(N, C, rank, dtype=torch.float32, seed=0):
-    """Student, teacher and labels of a given rank; the teacher's logits are quarters, so that there are ties."""
-    generator = torch.Generator().manual_seed(seed + 31 * N + C)
-    student = (2 * torch.randn(N, C, generator=generator)).to(dtype)
-    teacher = (torch.randn(N, C, generator=generator) * 12).round().div(4).to(dtype)
-    order = teacher.argsort(dim=-1, descending=True, stable=True)
-    anywhere = torch.randint(C, (N,), generator=generator)
-    place = torch.as_tensor({"right": 0, "few": torch.arange(N) % 5, "last": C - 1, "random": anywhere}[rank])
-    return student, teacher, order[torch.arange(N), place.clamp(max=C - 1)]
-
-
-def expected(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
-             grad_loss=None, dtype=torch.float64):  # fmt: skip
-    """Loss, parts, rank and gradients by autograd through the reference."""
-    student = student.to(dtype).detach().requires_grad_()
-    temperature = torch.as_tensor(temperature, dtype=dtype).detach().requires_grad_()
-    kd, ce, rank = reference.loss_rows(
-        student, teacher.to(dtype), target, temperature=temperature, correction=correction, decoupled=method[0],
-        standardized=method[1], alpha=WEIGHTS[1], beta=WEIGHTS[2],
-    )  # fmt: skip
-    parts = [reduce_rows(x, target, reduction, -100, target.shape) for x in (kd, ce)]
-    loss = WEIGHTS[0] * parts[0] + WEIGHTS[3] * parts[1]
-    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(dtype))
-    return loss.detach(), parts[0].detach(), parts[1].detach(), rank, student.grad, temperature.grad
-
-
-def run(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
-        grad_loss=None, indices=None, uniform=False, class_dim=-1, with_grad=True):  # fmt: skip
-    """The backend's loss."""
-    learned = isinstance(temperature, torch.Tensor)
-    kd_weight, alpha, beta, ce_weight = WEIGHTS
-    return backend.loss_forward(
-        student, teacher, indices, target, temperature if learned else None, 1.0 if learned else temperature,
-        CORRECTIONS.index(correction), method[0], kd_weight, alpha, beta, ce_weight, method[1], uniform, class_dim,
-        reduction, -100, True, grad_loss, with_grad,
-    )  # fmt: skip
-
-
-def check(got, truth, plain):
-    """float32 results against the truth in float64, judged by what the same formula in plain float32 PyTorch errs.
-
-    Twice that error plus 8 units in the last place of the largest value: both are rounding noise, of other sums.
-    """
-    assert torch.equal(got[3], truth[3])
-    names = ("loss", "kd", "ce", "rank", "grad_student", "grad_temperature")
-    for name, g, t, p in zip(names, got, truth, plain, strict=True):
-        if name == "rank" or not g.numel():
-            continue
-        assert g.shape == t.shape, name
-        largest = t.abs().max() if t.numel() else 0
-        error, slack = (g.double() - t).abs().max(), (p.double() - t).abs().max()
-        assert error <= 2 * slack + 8 * 2**-24 * largest, (name, float(error), float(slack), float(largest))
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
@@ -254,7 +192,7 @@ def test_sort_logits(correction, dtype):
 
 
 def test_bad_label():
-    """On CPU tensors what the CPU kernels raise; the assertion of the GPU is in test_compiled."""
+    """On CPU tensors what the CPU kernels raise; the assertion of the GPU is in test_gpu_static.py."""
     student, teacher, _ = make(2, 5, "right")
     with pytest.raises(IndexError, match=r"target in \[0, 5\) or ignore_index -100, got 5 in row 1"):
         run(student, teacher, torch.tensor([0, 5]))
@@ -276,24 +214,3 @@ def test_no_host_synchronisation(monkeypatch):
         got = run(student, teacher, target, temperature=torch.tensor(2.0), grad_loss=torch.tensor(2.0))
         backend.scale_gradient(got[4], got[0], -1)
         backend.sort_logits(teacher, target, 1, -100)
-
-
-def test_compiled():
-    """Each kernel compiles for each target; a row on chip is read once, in 128-bit loads, and does not spill."""
-    command = [sys.executable, "-m", "sortkd_kernels.backends.triton.offline"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr[-4000:]
-    kernels = [json.loads(line) for line in output.stdout.splitlines()]
-    assert {k["target"] for k in kernels} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for k in kernels:
-        if k["kernel"] != "sort_kd_tile":
-            # Addresses and scalars of the sort may go to the stack beside a row that streams.
-            assert k["spilled"] <= 160, k
-            continue
-        # 32 values of both sides a lane leave no register: sm_80 pushes out 70 words at the last size.
-        assert k["spilled"] <= (288 if k["C"] == 16384 else 0), k
-        if k["target"] != "gfx942":
-            assert k["asserts"] and k["registers"] <= 65536 // (32 * k["warps"]), k
-            vectors = 0 if k["dense"] else k["classes"] * k["bytes"] // (16 * 32 * k["warps"])
-            assert (k["loads"], k["stores"]) == (2 * vectors, vectors), k

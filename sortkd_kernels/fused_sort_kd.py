@@ -74,7 +74,7 @@ def fused_sort_kd(
         reduction: ``"mean"`` over the rows that count (``"batchmean"`` is another name of it), ``"sum"``, ``"none"``.
         ignore_index: rows with this label have loss 0, gradient 0 and do not count in the mean.
         inplace: write the gradient over ``student``, which the caller promises not to read again. A permission: the
-            native backend uses it, the others allocate a gradient all the same.
+            reference backend, and any backend under ``torch.compile``, allocate a gradient all the same.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the device's default.
         return_parts: return :class:`SortKDOutput` instead of the loss.
 

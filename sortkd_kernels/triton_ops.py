@@ -58,14 +58,17 @@ def _(teacher, target, correction, ignore_index):  # noqa: ANN001, ANN202
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, temperature_tensor: Tensor | None, tensors: tuple, config: tuple) -> Parts:
+    def forward(
+        ctx: Any, student: Tensor, temperature_tensor: Tensor | None, tensors: tuple, config: tuple, inplace: bool
+    ) -> Parts:
         teacher, teacher_indices, target = tensors
-        ctx.config = config
+        ctx.config, ctx.inplace = config, inplace and ctx.needs_input_grad[0]
         ctx.in_backward = student.dtype == torch.float16 and ctx.needs_input_grad[0]
         with_grad = any(ctx.needs_input_grad[:2]) and not ctx.in_backward
-        loss, kd, ce, rank, grad_student, grad_temperature = sort_kd_forward(
-            student, teacher, teacher_indices, target, temperature_tensor, *config, None, with_grad
-        )
+        loss, kd, ce, rank, grad_student, grad_temperature = _forward(
+            ctx.inplace and with_grad, student, teacher, teacher_indices, target, temperature_tensor, *config, None,
+            with_grad,
+        )  # fmt: skip
         if ctx.in_backward:
             ctx.save_for_backward(student, temperature_tensor, teacher, teacher_indices, target)
         else:
@@ -74,7 +77,7 @@ class _Loss(torch.autograd.Function):
         return loss, kd, ce, rank
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # once_differentiable would pass a gradient on that is silently constant where `upstream` is.
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -83,9 +86,11 @@ class _Loss(torch.autograd.Function):
             )
         if ctx.in_backward:
             student, temperature_tensor, teacher, teacher_indices, target = ctx.saved_tensors
-            grad_student, rows = sort_kd_forward(
-                student, teacher, teacher_indices, target, temperature_tensor, *ctx.config, upstream, True
-            )[4:]
+            # A kept graph reads the logits again.
+            grad_student, rows = _forward(
+                ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph(),
+                student, teacher, teacher_indices, target, temperature_tensor, *ctx.config, upstream, True,
+            )[4:]  # fmt: skip
         else:
             grad_student, rows, temperature_tensor = ctx.saved_tensors
             if ctx.needs_input_grad[1]:
@@ -96,7 +101,16 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = rows if temperature_tensor.dim() else rows.sum()
             grad_temperature = rows.to(temperature_tensor.dtype)
-        return grad_student if ctx.needs_input_grad[0] else None, grad_temperature, None, None
+        return grad_student if ctx.needs_input_grad[0] else None, grad_temperature, None, None, None
+
+
+def _forward(inplace: bool, student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The forward op; ``inplace`` past the dispatcher, whose ops may not return what they were given."""
+    if not inplace:
+        return sort_kd_forward(student, *arguments)
+    # An op before this one may have saved these logits: it must see that they are gone.
+    torch.autograd.graph.increment_version(student)
+    return kernels.loss_forward(student.detach(), *arguments, inplace=True)
 
 
 def _scaled(grad: Tensor, upstream: Tensor, class_dim: int) -> Tensor:
@@ -108,9 +122,35 @@ def _scaled(grad: Tensor, upstream: Tensor, class_dim: int) -> Tensor:
     return kernels.scale_gradient(buffer, upstream, class_dim)
 
 
+def _check_inplace(student: Tensor) -> None:
+    """What `csrc/autograd.cpp` refuses, in its words."""
+    if not student.is_contiguous():
+        raise ValueError(
+            "sortkd_kernels: expected a contiguous student with inplace=True, since the gradient is written over it, "
+            f"got strides {list(student.stride())}"
+        )
+    if student.is_leaf:
+        raise ValueError(
+            "sortkd_kernels: expected logits that a model computed with inplace=True, got a leaf tensor that requires "
+            "grad, whose values would be lost; pass inplace=False"
+        )
+
+
+def _is_plain(t: Tensor) -> bool:
+    """A tensor with memory of its own, outside any trace, with no mode that wants to see the ops."""
+    return type(t) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
 def loss(
     student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature_tensor: Tensor | None,
     *config: Any,
 ) -> Parts:  # fmt: skip
-    """A loss op of :mod:`sortkd_kernels.ops`; the permission to write in place, last in ``config``, is not used."""
-    return _Loss.apply(student, temperature_tensor, (teacher, teacher_indices, target), config[:-1])
+    """A loss op of :mod:`sortkd_kernels.ops`; in a trace the permission to write in place is not used."""
+    *config, inplace = config
+    # Inside a Function a tensor asks for its gradient under torch.no_grad() too, and would get its memory.
+    if not torch.is_grad_enabled():
+        return sort_kd_forward(student, teacher, teacher_indices, target, temperature_tensor, *config, None, False)[:4]
+    if inplace and student.requires_grad:
+        _check_inplace(student)
+    tensors = teacher, teacher_indices, target
+    return _Loss.apply(student, temperature_tensor, tensors, tuple(config), inplace and _is_plain(student))

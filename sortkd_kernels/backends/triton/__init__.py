@@ -16,7 +16,7 @@
 | `reduce.py`   | from rows to scalars, and the gradient's rescaling              |
 | `layout.py`   | tensors as rows, by strides                                     |
 | `launch.py`   | every launch choice, with its reason                            |
-| `offline.py`  | what the compiler makes of each launch, on a machine without GPU |
+| `offline.py`  | the launches compiled, on a machine without a GPU               |
 """
 
 from __future__ import annotations

@@ -48,5 +48,7 @@ def gradient(coefficients, s, e_s, e_t, e_1, CE: tl.constexpr, STANDARDIZE: tl.c
     if CE:
         g += coefficients[2][:, None] * e_1
     if STANDARDIZE:
-        g -= coefficients[4][:, None] * (s - coefficients[5][:, None])
+        slope = coefficients[4][:, None]
+        # A row that does not count has no slope, and no logits but -inf.
+        g -= tl.where(slope == 0, 0.0, slope * (s - coefficients[5][:, None]))
     return g

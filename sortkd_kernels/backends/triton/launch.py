@@ -1,6 +1,6 @@
 """The launch choices of the Triton kernels, each with its reason. Nothing else in the backend holds such a number.
 
-No GPU has timed them: they follow from the register file and from what `offline.py` reads off the compiled kernels.
+No GPU has timed them: they follow from the register file and from what the compiled kernels show (gpu_static.md).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # every integer addition for overflow, which the kernels do not want.
 DEVICE_ASSERT = {"debug": True, "sanitize_overflow": False}
 
-# The most classes of a row held in registers: 16384 values of both sides are half of an SM's register file. Doubles
-# take twice the room, and so do the further sums of a z-score or of a temperature's gradient (they spill at 16384).
-ON_CHIP_CLASSES = {torch.float32: 16384, torch.float64: 4096}
+# The most classes of a row held in registers. Of 16384 both sides are half of an SM's register file, and the rest is
+# too little for their exponentials: sm_80 and sm_100 spill. Doubles take twice the room, and so do the further sums of
+# a z-score or of a temperature's gradient.
+ON_CHIP_CLASSES = {torch.float32: 8192, torch.float64: 4096}
 
 # A rank that the row's own program settles, one reduction a step. Trained teachers stay below it on nearly all rows.
 SHALLOW_RANK = 8
@@ -32,8 +33,7 @@ SHALLOW_RANK = 8
 RUN = 32 if INTERPRETED else 1024
 SMALL_RUN = 16 if INTERPRETED else 64
 
-# Classes that a streaming program takes at a time, 8 values a lane with 8 warps. At 4096 the compiler takes 200
-# registers, and one program has an SM to itself with nothing to do while a block's loads are under way.
+# Classes that a streaming program takes at a time: 8 values a lane with 8 warps, or 4 doubles.
 CLASS_BLOCK = 2048
 
 # Rows that a block of the small kernels takes at a time.
@@ -47,11 +47,11 @@ SCRATCH_BYTES = 128 << 20
 
 
 class Tile(NamedTuple):
-    """Rows and (padded) classes of a program of `sort_kd_tile`, and its warps."""
+    """Rows and (padded) classes of a program of `sort_kd_tile`, and its options."""
 
     rows: int
     classes: int
-    num_warps: int
+    options: dict[str, int]
 
 
 class Stream(NamedTuple):
@@ -89,26 +89,32 @@ def on_chip(C: int, work: torch.dtype, moments: bool) -> bool:
     return ON_CHIP_CLASSES[work] // (2 if moments else 1) >= C
 
 
-def tile(C: int, neighbours: bool) -> Tile:
+def tile(C: int, neighbours: bool, work: torch.dtype, moments: bool) -> Tile:
     """The tile of `sort_kd_tile`.
 
-    A warp takes 512 values: 16 a lane keep both sides, their exponentials and the coefficients below 100 registers.
-    Of short rows it takes 256, as a lane then holds the scalars of several rows too. Where rows are neighbours in
-    memory in place of classes (``[N, C, H, W]``), a tile needs enough of them, or each 32-byte sector is read for one
-    value: 32 rows give each lane of a warp its own.
+    A warp takes 1024 values: every lane does the arithmetic of a row's end, so the fewer lanes a row has, the fewer
+    instructions; 32 values a lane of both sides leave room for the exponentials. Doubles take twice the registers, and
+    so do the further sums, each with half the values. Of short rows a warp takes a quarter of that, as a lane then
+    holds the scalars of several rows too. Where rows are neighbours in memory in place of classes (``[N, C, H, W]``), a
+    tile needs enough of them, or each 32-byte sector is read for one value: 32 rows give each lane of a warp its own.
     """
+    values = 1024 // (2 if work == torch.float64 else 1) // (2 if moments else 1)
     classes = max(16, triton.next_power_of_2(C))
-    rows = max(1, 256 // classes)
+    rows = max(1, values // 4 // classes)
     if neighbours:
-        rows = max(rows, min(32, 16384 // classes))
-    # 16 warps at 16384 values: 32 a lane, since 32 warps would leave 64 registers and no second block on the SM.
-    return Tile(rows, classes, max(1, min(16, rows * classes // 512)))
+        rows = max(rows, min(32, ON_CHIP_CLASSES[work] // (2 if moments else 1) // classes))
+    options = {"num_warps": max(1, min(16, rows * classes // values))}
+    if work == torch.float64 and torch.version.hip is None:
+        # Without a limit of our own the compiler sets itself one of 128 on sm_100 and spills; 8 warps may have 255.
+        options["maxnreg"] = 255
+    return Tile(rows, classes, options)
 
 
 def stream(N: int, C: int, work: torch.dtype, every_rank: bool, top_k: bool, device: torch.device) -> Stream:
     """A launch of `sort_kd_stream`; with ``every_rank`` its programs have room for all classes of a row."""
-    block = min(CLASS_BLOCK, max(64, triton.next_power_of_2(C)))
-    warps = max(1, block // 256)
+    values = 32 * (4 if work == torch.float64 else 8)
+    block = min(CLASS_BLOCK * values // 256, max(64, triton.next_power_of_2(C)))
+    warps = max(1, block // values)
     run = min(RUN, block)
     capacity = C if every_rank else min(C, RUN)
     buffers = (2 if capacity > run else 1) + (1 if work == torch.float64 else 0)
@@ -118,9 +124,11 @@ def stream(N: int, C: int, work: torch.dtype, every_rank: bool, top_k: bool, dev
         program_bytes = 8 * capacity * buffers + (work.itemsize * C if top_k else 0)
         programs = min(N, 32 // warps * _processors(device), max(1, SCRATCH_BYTES // program_bytes))
     options = {"num_warps": warps}
-    if not stride_rows and work == torch.float32 and torch.version.hip is None:
-        # Three programs on an SM in place of two, for a few cold spills in the sort.
-        options["maxnreg"] = 80
+    if torch.version.hip is None:
+        # Two programs of 8 warps on an SM, so that one computes while the other's loads are under way; at 96 registers
+        # the sort spills. In a loop over rows its addresses stay in registers from row to row, up to 219 of them, and
+        # without a limit of our own the compiler sets itself one of 128 on sm_90 and spills.
+        options["maxnreg"] = 255 if stride_rows or work == torch.float64 else 128
     return Stream(programs, capacity, buffers, block, run, stride_rows, options)
 
 

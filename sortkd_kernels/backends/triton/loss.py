@@ -25,7 +25,7 @@ def loss_forward(
     student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
     temperature_tensor: Tensor | None, temperature: float, correction: int, decoupled: bool, kd_weight: float,
     alpha: float, beta: float, ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: int,
-    ignore_index: int, parts: bool, grad_loss: Tensor | None, with_grad: bool,
+    ignore_index: int, parts: bool, grad_loss: Tensor | None, with_grad: bool, inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss of :func:`sortkd_kernels.reference.loss_rows`, reduced, and its gradient.
 
@@ -38,15 +38,15 @@ def loss_forward(
         grad_loss: the gradient that reaches the loss, a scalar or one value a row; None stands for 1. It multiplies in
             the working precision, before the gradient's one rounding.
         with_grad: whether to make the gradients; without, no tensor of the student's size is allocated.
+        inplace: write the student's gradient over ``student``, which must be contiguous.
 
     Returns:
         ``loss, kd, ce, rank, grad_student, grad_temperature``. The gradients are empty where they are not asked for;
         ``grad_temperature`` has one value a row, in ``target``'s shape.
     """
     N, C, device = target.numel(), student.shape[class_dim], student.device
-    top_k = teacher_indices is not None
     check_labels("target", target, C, ignore_index)
-    if top_k:
+    if teacher_indices is not None:
         check_labels("teacher_indices", teacher_indices, C)
     work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     with_ce = parts or ce_weight != 0
@@ -59,9 +59,19 @@ def loss_forward(
     kd_rows, ce_rows = new(target.shape), new(target.shape)
     rank = new(target.shape, torch.int32)
     loss_rows = new(target.shape) if reduction == ROWS else None
-    grad_student = gradient_like(student, class_dim) if with_grad else new(0, student.dtype)
+    grad_student = new(0, student.dtype)
+    if with_grad:
+        grad_student = student if inplace else gradient_like(student, class_dim)
     grad_temperature = new(target.shape if learned else 0)
-    count = _count(target, ignore_index) if reduction == MEAN else None
+    top_k = teacher_indices is not None
+    on_chip = not top_k and launch.on_chip(C, work, standardize or learned)
+    settled = launch.SHALLOW_RANK if on_chip else launch.RUN
+    # What a launch leaves to the next: ranks over its limit, which no label can have where the classes are few. A tile
+    # swaps at any rank.
+    leftovers = settled < C - 1 and (correction == SORT or (correction == SWAP and not on_chip))
+    tallies = _tallies(target, ignore_index if reduction == MEAN else None)
+    count = tallies[:1] if reduction == MEAN else None
+    left = (new(N, torch.int32), tallies[4:]) if leftovers else (None, None)
 
     inner = inner_size(student, class_dim)
     s, t = as_rows(student, class_dim), as_rows(teacher.contiguous() if top_k else teacher, class_dim)
@@ -82,27 +92,22 @@ def loss_forward(
         "CE": with_ce, "POWER": 0 if temperature_tensor is not None or standardize else _power(temperature),
         "ALIGN": alignment(C, s.outer, C if top_k else t.outer, g.outer), "WORK": WORK[work], **launch.DEVICE_ASSERT,
     }  # fmt: skip
-    on_chip = not top_k and launch.on_chip(C, work, standardize or learned)
     if N and on_chip:
         neighbours = s.classes != 1
-        tile = launch.tile(C, neighbours)
+        tile = launch.tile(C, neighbours, work, standardize or learned)
         programs = N // inner * triton.cdiv(inner, tile.rows) if neighbours else triton.cdiv(N, tile.rows)
         sort_kd_tile[(programs,)](
-            *arguments, 0, **flags, LIMIT=launch.SHALLOW_RANK, NEIGHBOURS=neighbours,
-            R=tile.rows, B=tile.classes, num_warps=tile.num_warps,
+            *arguments, *left, 0, **flags, LIMIT=launch.SHALLOW_RANK, NEIGHBOURS=neighbours,
+            R=tile.rows, B=tile.classes, **tile.options,
         )  # fmt: skip
-    settled = launch.SHALLOW_RANK if on_chip else launch.RUN
-    # What a launch leaves to the next: ranks over its limit, which no label can have where the classes are few. A tile
-    # swaps at any rank.
-    leftovers = settled < C - 1 and (correction == SORT or (correction == SWAP and not on_chip))
-    for floor in ([] if on_chip else [-1]) + ([settled] if leftovers else []) if N else []:
-        plan = launch.stream(N, C, work, floor >= 0, top_k, device)
+    for second in [False] * (not on_chip) + [True] * leftovers if N else ():
+        plan = launch.stream(N, C, work, second, top_k, device)
         scratch = new(plan.programs * plan.capacity * plan.buffers if correction != NONE else 0, torch.int64)
         dense = new(plan.programs * C) if top_k else None
         for first_row in range(0, 1 if plan.stride_rows else N, plan.programs):
             sort_kd_stream[(min(plan.programs, N - first_row),)](
-                *arguments, scratch, plan.capacity, teacher_indices.contiguous() if top_k else None, dense,
-                teacher.shape[class_dim], first_row, **flags, **plan.options, FLOOR=floor,
+                *arguments, *left, scratch, plan.capacity, teacher_indices.contiguous() if top_k else None, dense,
+                teacher.shape[class_dim], first_row, **flags, **plan.options, LEFT=second,
                 MERGE=plan.capacity > plan.run, BUFFERS=plan.buffers, STRIDE_ROWS=plan.stride_rows,
                 UNIFORM=uniform_tail, RUN=plan.run, B=plan.block,
             )  # fmt: skip
@@ -135,13 +140,14 @@ def scale_gradient(grad_student: Tensor, grad_loss: Tensor, class_dim: int) -> T
     return grad_student
 
 
-def _count(target: Tensor, ignore_index: int) -> Tensor:
-    """The number of rows that count, on the device."""
-    count = torch.zeros(1, dtype=torch.int32, device=target.device)
-    if target.numel():
+def _tallies(target: Tensor, ignore_index: int | None) -> Tensor:
+    """Two counters on the device, 16 bytes apart, which the specialisation of a pointer wants: rows that count, unless
+    ``ignore_index`` is None, and rows left to a second launch, none so far."""
+    tallies = torch.zeros(8, dtype=torch.int32, device=target.device)
+    if target.numel() and ignore_index is not None:
         grid = (triton.cdiv(target.numel(), launch.ROW_BLOCK),)
-        sort_kd_count[grid](target, count, target.numel(), ignore_index, BLOCK=launch.ROW_BLOCK)
-    return count
+        sort_kd_count[grid](target, tallies, target.numel(), ignore_index, BLOCK=launch.ROW_BLOCK)
+    return tallies
 
 
 def _reduced(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .sums import INFINITY
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 LOW = tl.constexpr(0xFFFFFFFF)
@@ -127,10 +128,36 @@ def put_in_order(keys, n, teacher, teacher_class, capacity, RUN: tl.constexpr, M
 
 
 @triton.jit
+def keep(keys, spare, start, n, classes, x, B: tl.constexpr):
+    """Put a value x beside each of the B ``classes`` from place ``start`` of the order on, for :func:`kept`.
+
+    In order, a key's upper half has done its work; a float64 value takes the buffer that its names have left.
+    """
+    k = start + tl.arange(0, B)[None, :]
+    if x.dtype == tl.float64:
+        tl.store(spare + k, x.to(tl.int64, bitcast=True), mask=k < n)
+    else:
+        tl.store(keys + k, (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | classes, mask=k < n)
+
+
+@triton.jit
+def kept(keys, spare, start, n, WORK: tl.constexpr, B: tl.constexpr):
+    """What :func:`keep` has put there."""
+    k = start + tl.arange(0, B)[None, :]
+    if tl.float64 == WORK:
+        return tl.load(spare + k, mask=k < n, other=0).to(WORK, bitcast=True)
+    else:
+        return (tl.load(keys + k, mask=k < n, other=0) >> 32).to(tl.int32).to(WORK, bitcast=True)
+
+
+@triton.jit
 def corrected_above(
     keys, start, n, teacher, teacher_class, t_y, CORRECTION: tl.constexpr, WORK: tl.constexpr, B: tl.constexpr
 ):
-    """B classes above the label, from place ``start`` of their order on, and their corrected values: ``[1, B]``."""
+    """B classes above the label, from place ``start`` of their order on, and their corrected values: ``[1, B]``.
+
+    Past the end the values are -inf.
+    """
     k = start + tl.arange(0, B)[None, :]
     inside = k < n
     classes = tl.load(keys + k, mask=inside, other=0) & LOW
@@ -140,7 +167,8 @@ def corrected_above(
         next_class = tl.load(keys + k + 1, mask=follows, other=0) & LOW
         t = tl.load(teacher + next_class * teacher_class, mask=follows, other=0).to(WORK)
         t = tl.where(follows, t, t_y[:, None])
+        t = tl.where(inside, t, -INFINITY)
     else:
-        t = tl.load(teacher + classes * teacher_class, mask=inside, other=0).to(WORK)
+        t = tl.load(teacher + classes * teacher_class, mask=inside, other=-INFINITY).to(WORK)
         t = tl.where(k == 0, t_y[:, None], t)
     return classes, inside, t

@@ -15,12 +15,13 @@ from .sums import INFINITY
 
 
 @triton.jit
-def correct_in_registers(t, classes, above, rank, t_y, CORRECTION: tl.constexpr, LIMIT: tl.constexpr):
-    """The corrected tile ``[R, B]`` without its labels, and each label's new value.
+def correct_in_registers(t, classes, rank, t_y, CORRECTION: tl.constexpr, LIMIT: tl.constexpr):
+    """The corrected tile ``[R, B]`` without its labels, which are at -inf, and each label's new value.
 
     Rows of rank over LIMIT come back wrong: they are somebody else's. A swap has one step whatever the rank.
     """
     top = t_y
+    above = t > t_y[:, None]
     if CORRECTION == 1:
         steps = tl.max(tl.where(rank <= LIMIT, rank, 0), 0)
         left = above
@@ -35,9 +36,8 @@ def correct_in_registers(t, classes, above, rank, t_y, CORRECTION: tl.constexpr,
             holder = tl.where(more, index, holder)
             left = left & (classes != holder[:, None])
         t = tl.where(classes == holder[:, None], t_y[:, None], t)
-    if CORRECTION == 2:  # noqa: SIM102 - this one is the compiler's to decide, the next the device's
-        if tl.max(rank, 0) > 0:
-            value, index = tl.max(tl.where(above, t, -INFINITY), 1, return_indices=True)
-            top = tl.where(rank > 0, value, t_y)
-            t = tl.where((rank > 0)[:, None] & (classes == index[:, None]), t_y[:, None], t)
+    if CORRECTION == 2:
+        value, index = tl.max(tl.where(above, t, -INFINITY), 1, return_indices=True)
+        top = tl.where(rank > 0, value, t_y)
+        t = tl.where((rank > 0)[:, None] & (classes == index[:, None]), t_y[:, None], t)
     return t, top

@@ -70,6 +70,15 @@ def read_factor(grad_loss, stride, count, rows, counts, WORK: tl.constexpr):
 
 
 @triton.jit
+def leave(rows, left, listed, tally):
+    """Append the rows of a program that are ``left`` to the list of those that a later launch takes, in any order."""
+    n = tl.sum(left.to(tl.int32), 0)
+    if n > 0:
+        place = tl.atomic_add(tally, n, sem="relaxed") + tl.cumsum(left.to(tl.int32), 0) - 1
+        tl.store(listed + place, rows, mask=left)
+
+
+@triton.jit
 def value_at(row, label, stride_class, known, WORK: tl.constexpr):
     """Each row's logit of its label, 0 where the row does not count; ``row`` is ``[R, 1]``."""
     at = row + class_offset(label[:, None], stride_class)

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .epilogue import finish_row, gradient
 from .rotate import correct_in_registers
-from .rows import aligned, class_offset, read_factor, read_label, read_temperature, rounded, row_offset, value_at
-from .sums import LOG2E, tile_sums
+from .rows import aligned, class_offset, leave, read_factor, read_label, read_temperature, rounded, row_offset, value_at
+from .sums import INFINITY, LOG2E, tile_sums
 from .terms import z_score
 
 
@@ -31,14 +31,15 @@ def sort_kd_tile(
     N, C, INNER, student_outer, student_inner, student_class, teacher_outer, teacher_inner, teacher_class,
     grad_outer, grad_inner, grad_class, temperature_stride, grad_loss_stride, ignore_index,
     temperature: tl.float64, kd_weight: tl.float64, alpha: tl.float64, beta: tl.float64, ce_weight: tl.float64,
-    nought,
+    listed, tally, nought,
     CORRECTION: tl.constexpr, DECOUPLED: tl.constexpr, STANDARDIZE: tl.constexpr, LEARNED: tl.constexpr,
     CE: tl.constexpr, POWER: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, WORK: tl.constexpr,
     NEIGHBOURS: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """R rows of up to B classes a program; NEIGHBOURS where a class's values of neighbouring rows are neighbours.
 
-    Rows that the sort correction finds with a rank over LIMIT are left to `sort_kd_stream`: only their rank is written.
+    Rows that the sort correction finds with a rank over LIMIT get their rank only and are listed for `sort_kd_stream`,
+    if there can be any: ``listed`` is not None.
     """
     program = tl.program_id(0)
     if NEIGHBOURS:
@@ -66,8 +67,8 @@ def sort_kd_tile(
         # and with them 4 or 8 times the arithmetic of a row's end. A lane with one row reads as coalesced.
         student += nought
         teacher += nought
-    s = tl.load(student + class_offset(classes, student_class), mask=held, other=0).to(WORK)
-    t = tl.load(teacher + class_offset(classes, teacher_class), mask=held, other=0).to(WORK)
+    s = tl.load(student + class_offset(classes, student_class), mask=held, other=-INFINITY).to(WORK)
+    t = tl.load(teacher + class_offset(classes, teacher_class), mask=held, other=-INFINITY).to(WORK)
     at_label = label[:, None]
     s_y = value_at(student, label, student_class, counts, WORK)
     t_y = value_at(teacher, label, teacher_class, counts, WORK)
@@ -83,15 +84,23 @@ def sort_kd_tile(
         _mean, t_scale, _deviation = spread(t, t_y, held, C, T)
         a_t = a_t * t_scale
 
-    above = held & (t > t_y[:, None])
-    rank = tl.sum(above.to(tl.int32), 1)
+    s = tl.where(classes == at_label, -INFINITY, s)
+    t = tl.where(classes == at_label, -INFINITY, t)
+    m_s = tl.max(s, 1)
+    m_t = tl.max(t, 1)
+    rank = tl.zeros_like(label)
     done = inside
-    if CORRECTION == 1:
-        done = inside & (rank <= LIMIT)
-    t, t_y = correct_in_registers(t, classes, above, rank, t_y, CORRECTION, LIMIT)
+    # Where the teacher is right, which is nearly everywhere, a row pays one comparison for being corrected.
+    if tl.max((m_t > t_y).to(tl.int32), 0) > 0:
+        rank = tl.sum((t > t_y[:, None]).to(tl.int32), 1)
+        if listed is not None:
+            done = inside & (rank <= LIMIT)
+            leave(rows, inside & (rank > LIMIT), listed, tally)
+        if CORRECTION != 0:
+            t, t_y = correct_in_registers(t, classes, rank, t_y, CORRECTION, LIMIT)
+            m_t = tl.max(t, 1)
 
-    others = held & (classes != at_label)
-    sums, e_s, e_t, e_1 = tile_sums(s, t, others, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
+    sums, e_s, e_t, e_1 = tile_sums(s, t, m_s, m_t, a_s, a_t, CE, POWER, STANDARDIZE or LEARNED)
     kd, ce, loss, by_temperature, coefficients = finish_row(
         sums, s_y, t_y, a_s, a_t, T, mean, scale, deviation, factor, C, kd_weight, alpha, beta, ce_weight,
         DECOUPLED, STANDARDIZE, LEARNED, CE,
@@ -107,12 +116,12 @@ def sort_kd_tile(
         tl.store(grad_temperature + rows, by_temperature, mask=done)
     if grad_student is not None:
         g = gradient(coefficients, s, e_s, e_t, e_1, CE, STANDARDIZE)
-        g = tl.where(classes == at_label, coefficients[3][:, None], g)
-        out = (
-            grad_student
-            + row_offset(outer, inner, grad_outer, grad_inner, ALIGN)[:, None]
-            + class_offset(classes, grad_class)
-        )
+        out = grad_student + row_offset(outer, inner, grad_outer, grad_inner, ALIGN)[:, None]
         if NEIGHBOURS:
             out += nought
-        tl.store(out, rounded(g, grad_student.dtype.element_ty), mask=done[:, None] & (classes < aligned(C, ALIGN)))
+        g = rounded(g, grad_student.dtype.element_ty)
+        tl.store(out + class_offset(classes, grad_class), g, mask=done[:, None] & (classes < aligned(C, ALIGN)))
+        # The label's goes over what is there now: to select it would cost two instructions for every class.
+        tl.debug_barrier()
+        g_y = rounded(coefficients[3], grad_student.dtype.element_ty)
+        tl.store(out + class_offset(at_label, grad_class), g_y[:, None], mask=(done & counts)[:, None])
