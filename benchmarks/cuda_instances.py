@@ -45,7 +45,7 @@ def instance(C: int, dtype: str) -> Instance | None:
         return Instance("sort_kd_tile", f"12sort_kd_tileINS0_{access}ELb0", lanes, lanes // group,
                         GROUP_BYTES if group > 32 else 0)  # fmt: skip
     lanes = min(MOST_THREADS, max(64, _power_of_two_over(-(-C // (2 * width)))))
-    return Instance("sort_kd_stream", f"14sort_kd_streamINS0_{access}ELb1", lanes, 1,
+    return Instance("sort_kd_stream", f"14sort_kd_streamINS0_{access}ELb0", lanes, 1,
                     GROUP_BYTES + COUNTER_BYTES + SHARED_ENTRIES * ENTRY_BYTES)  # fmt: skip
 
 

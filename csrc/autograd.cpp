@@ -29,16 +29,16 @@ auto make_node(Args&&... args) {
 #endif
 }
 
-// A CPU tensor with memory of its own, outside any trace: no subclass, no mode that wants to see the ops.
+// A tensor with memory of its own on a device with kernels, outside any trace: no subclass, no mode that wants to see the ops.
 bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  return t.device().is_cpu() && !t.key_set().has_any(observed) &&
+  return kernels_for(t) != Kernels::None && !t.key_set().has_any(observed) &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
 }
 
 LossResult run(const LossTensors& tensors, const LossConfig& config, const GradRequest& request) {
   // The direct call saves a round through the dispatcher, which 64 x 100 logits feel.
-  return is_plain(tensors.student) ? forward_cpu(tensors, config, request) : forward(tensors, config, request);
+  return is_plain(tensors.student) ? forward_on_device(tensors, config, request) : forward(tensors, config, request);
 }
 
 bool is_one(const at::Tensor& scalar) {
@@ -50,6 +50,10 @@ bool is_one(const at::Tensor& scalar) {
 at::Tensor scaled(const at::Tensor& grad, const at::Tensor& upstream, const LossConfig& config) {
   const bool plain = is_plain(grad) && is_plain(upstream);
   const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+#if defined(SORTKD_SIMT) || defined(SORTKD_CUDA)
+  // The kernel looks at the scalar itself: the host would have to wait for it.
+  if (plain && kernels_for(grad) == Kernels::Cuda) return scale_cuda(grad, upstream, config.class_dim, keep);
+#endif
   if (plain && is_one(upstream)) return keep ? grad.clone() : grad;
   const int64_t class_dim = config.class_dim < 0 ? config.class_dim + grad.dim() : config.class_dim;
   const at::Tensor factor = upstream.dim() ? upstream.unsqueeze(class_dim) : upstream;

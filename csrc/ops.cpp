@@ -4,7 +4,23 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#if defined(SORTKD_SIMT)
+#include "cuda/choices.h"
+#else
 #include "launch.h"
+#endif
+
+// The harness registers the device's code under a name of its own, beside the package's.
+#if defined(SORTKD_SIMT)
+#define SORTKD_LIBRARY sortkd_simt
+#define SORTKD_MODULE sortkd_simt
+#else
+#define SORTKD_LIBRARY sortkd_kernels
+#define SORTKD_MODULE _C
+#endif
+// PyTorch's macros paste their argument as it stands; through these it is expanded first.
+#define SORTKD_DEFINE(library, m) TORCH_LIBRARY(library, m)
+#define SORTKD_IMPLEMENT(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 
 namespace sortkd {
 namespace {
@@ -28,7 +44,7 @@ ForwardOutput sort_kd_forward(const at::Tensor& student, const at::Tensor& teach
                               double ce_weight, bool standardize, bool uniform_tail, int64_t class_dim, int64_t reduction,
                               int64_t ignore_index, bool parts, const OptionalTensor& upstream, bool grad_student,
                               bool grad_temperature) {
-  auto r = forward_cpu({student, teacher, teacher_indices, target, temperature_tensor},
+  auto r = forward_on_device({student, teacher, teacher_indices, target, temperature_tensor},
                        {temperature, correction, decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail,
                         class_dim, reduction, ignore_index, parts},
                        {grad_student, grad_temperature, false, upstream});
@@ -69,11 +85,29 @@ LossOutput sort_kd_loss_op(const at::Tensor& student, const at::Tensor& teacher,
           defined_or_empty(rank, loss, at::kInt)};
 }
 
+at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index) {
+#if defined(SORTKD_SIMT) || defined(SORTKD_CUDA)
+  if (kernels_for(teacher) == Kernels::Cuda) return sort_logits_cuda(teacher, target, correction, ignore_index);
+#endif
+#if !defined(SORTKD_SIMT)
+  return sort_logits_cpu(teacher, target, correction, ignore_index);
+#endif
+}
+
 }  // namespace
+
+LossResult forward_on_device(const LossTensors& tensors, const LossConfig& config, const GradRequest& request) {
+#if defined(SORTKD_SIMT) || defined(SORTKD_CUDA)
+  if (kernels_for(tensors.student) == Kernels::Cuda) return forward_cuda(tensors, config, request);
+#endif
+#if !defined(SORTKD_SIMT)
+  return forward_cpu(tensors, config, request);
+#endif
+}
 
 LossResult forward(const LossTensors& t, const LossConfig& c, const GradRequest& request) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("sortkd_kernels::sort_kd_forward", "")
+                             .findSchemaOrThrow(C10_STRINGIZE(SORTKD_LIBRARY) "::sort_kd_forward", "")
                              .typed<decltype(sort_kd_forward)>();
   auto [loss, kd, ce, rank, grad_student, grad_temperature] = op.call(
       t.student, t.teacher, t.teacher_indices, t.target, t.temperature, c.temperature, c.correction, c.decoupled,
@@ -82,7 +116,7 @@ LossResult forward(const LossTensors& t, const LossConfig& c, const GradRequest&
   return {loss, kd, ce, rank, grad_student, grad_temperature};
 }
 
-TORCH_LIBRARY(sortkd_kernels, m) {
+SORTKD_DEFINE(SORTKD_LIBRARY, m) {
   m.def("sort_kd_loss(" SORTKD_TENSORS_SCHEMA ", " SORTKD_CONFIG_SCHEMA
         ", bool parts, bool inplace) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sort_kd_forward(" SORTKD_TENSORS_SCHEMA ", " SORTKD_CONFIG_SCHEMA
@@ -92,19 +126,31 @@ TORCH_LIBRARY(sortkd_kernels, m) {
 }
 
 // Composite: autograd.cpp decides by its inputs, and torch.compile traces through to the op below.
-TORCH_LIBRARY_IMPL(sortkd_kernels, CompositeImplicitAutograd, m) { m.impl("sort_kd_loss", &sort_kd_loss_op); }
+SORTKD_IMPLEMENT(SORTKD_LIBRARY, CompositeImplicitAutograd, m) { m.impl("sort_kd_loss", &sort_kd_loss_op); }
 
-TORCH_LIBRARY_IMPL(sortkd_kernels, CPU, m) {
+SORTKD_IMPLEMENT(SORTKD_LIBRARY, CPU, m) {
   m.impl("sort_kd_forward", &sort_kd_forward);
-  m.impl("sort_logits", &sort_logits_cpu);
+  m.impl("sort_logits", &sort_logits);
 }
+#if defined(SORTKD_CUDA)
+SORTKD_IMPLEMENT(SORTKD_LIBRARY, CUDA, m) {
+  m.impl("sort_kd_forward", &sort_kd_forward);
+  m.impl("sort_logits", &sort_logits);
+}
+#endif
 
 }  // namespace sortkd
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(SORTKD_MODULE, module) {
   module.doc() = "The compiled part of sortkd_kernels; importing it registers the ops.";
   // The op without the dispatcher's argument parser, which costs more than the kernel at 64 x 100.
   module.def("sort_kd_loss", &sortkd::sort_kd_loss);
+#if defined(SORTKD_SIMT)
+  // Tests reach every code path with small rows.
+  module.def("set_choices", [](int tile_group, int stream_threads, int on_chip, int settled, int entries, int blocks) {
+    sortkd::cuda::overrides = {tile_group, stream_threads, on_chip, settled, entries, blocks};
+  });
+#else
   module.def("build_info", [] {
     pybind11::dict info;
     info["cpu_capability"] = sortkd::cpu::capability();
@@ -113,8 +159,15 @@ PYBIND11_MODULE(_C, module) {
 #else
     info["cpu_capabilities"] = pybind11::make_tuple("baseline");
 #endif
+#if defined(SORTKD_CUDA)
+    pybind11::list architectures;
+    for (int architecture : {SORTKD_CUDA}) architectures.append("sm_" + std::to_string(architecture));
+    info["cuda"] = pybind11::tuple(architectures);
+#else
     info["cuda"] = false;
+#endif
     info["compiler"] = __VERSION__;
     return info;
   });
+#endif
 }

@@ -40,10 +40,29 @@ struct LossResult {
   at::Tensor loss, kd, ce, rank, grad_student, grad_temperature;
 };
 
-// The kernel of the op `sort_kd_forward` on the CPU.
+// The kernels behind the ops, and for CUDA what multiplies a gradient by what comes from above, in place unless `keep`.
 LossResult forward_cpu(const LossTensors& tensors, const LossConfig& config, const GradRequest& request);
+LossResult forward_cuda(const LossTensors& tensors, const LossConfig& config, const GradRequest& request);
+at::Tensor sort_logits_cpu(const at::Tensor& teacher, const at::Tensor& target, int64_t correction,
+                           int64_t ignore_index);
+at::Tensor sort_logits_cuda(const at::Tensor& teacher, const at::Tensor& target, int64_t correction,
+                            int64_t ignore_index);
+at::Tensor scale_cuda(const at::Tensor& grad, const at::Tensor& upstream, int64_t class_dim, bool keep);
 
-at::Tensor sort_logits_cpu(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index);
+// Which of them a tensor takes. SORTKD_SIMT is the test harness, which runs the device's code on CPU tensors.
+enum class Kernels { None, Cpu, Cuda };
+inline Kernels kernels_for(const at::Tensor& t) {
+#if defined(SORTKD_SIMT)
+  return t.is_cpu() ? Kernels::Cuda : Kernels::None;
+#elif defined(SORTKD_CUDA)
+  return t.is_cpu() ? Kernels::Cpu : t.is_cuda() ? Kernels::Cuda : Kernels::None;
+#else
+  return t.is_cpu() ? Kernels::Cpu : Kernels::None;
+#endif
+}
+
+// The kernel of the op `sort_kd_forward` for the student's device.
+LossResult forward_on_device(const LossTensors& tensors, const LossConfig& config, const GradRequest& request);
 
 // The same through the dispatcher: any device, and tensors that only stand for values (torch.compile).
 LossResult forward(const LossTensors& tensors, const LossConfig& config, const GradRequest& request);

@@ -41,13 +41,18 @@ inline int64_t check_labels(const at::Tensor& target, int64_t C, int64_t ignore_
   return counted;
 }
 
-// Indices of a top-k teacher, [N, k], in [0, C).
-inline void check_top_k(const at::Tensor& indices, const at::Tensor& values, int64_t N, int64_t C) {
+// Indices of a top-k teacher, [N, k].
+inline void check_top_k_shapes(const at::Tensor& indices, const at::Tensor& values, int64_t N, int64_t C) {
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong, "sortkd_kernels: expected teacher_indices of dtype int64");
   TORCH_CHECK_VALUE(indices.sizes().equals(values.sizes()) && indices.dim() > 0 &&
                         indices.numel() == N * indices.size(-1) && indices.size(-1) <= C,
                     "sortkd_kernels: expected teacher values and indices of one shape [..., k] with k <= ", C, ", got ",
                     values.sizes(), " and ", indices.sizes());
+}
+
+// The same, and on the CPU that they are in [0, C).
+inline void check_top_k(const at::Tensor& indices, const at::Tensor& values, int64_t N, int64_t C) {
+  check_top_k_shapes(indices, values, N, C);
   const int64_t* data = indices.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < indices.numel(); ++i)
     TORCH_CHECK_INDEX(data[i] >= 0 && data[i] < C, "sortkd_kernels: expected teacher_indices in [0, ", C, "), got ", data[i]);

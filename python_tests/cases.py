@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from simt import build
 from torch import Tensor
 
 import sortkd_kernels
@@ -67,6 +68,9 @@ def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
 BACKENDS = ("native", "reference")
 if "triton" in ops.LOSS and "cpu" in sortkd_kernels.available_backends()["triton"].devices:
     BACKENDS += ("triton",)
+# The CUDA kernels on CPU tensors. Where they cannot be built, test_simt.py says why.
+if not build.missing():
+    BACKENDS += ("simt",)
 
 # The interpreter takes a quarter of a second for such a call. Larger shapes of it are in test_triton.py.
 LOGITS_LIMIT = {"triton": 400}

@@ -34,6 +34,19 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"this run is for the {wanted} kernels, but {present} are in use", returncode=3)
 
 
+@pytest.fixture(autouse=True)
+def simt(request: pytest.FixtureRequest):
+    """For a test of the backend "simt": the CUDA kernels under that name, on memory with guarded ends."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is None or "simt" not in parameters.params.values():
+        yield
+        return
+    from simt import backend
+
+    with backend.installed() as harness:
+        yield harness
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fresh memory is NaN (integers: the maximum), in C++ too: an output that nobody wrote shows."""

@@ -36,16 +36,19 @@ STANDARD = {
 
 # Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between the dispatcher's side
 # (schemas, autograd) and each device's forward.cpp; launch.h the one to the row kernels, which see no tensor.
-BRIDGES = {"launch.h", "row_math.h"}
+BRIDGES = {"launch.h", "options.h", "row_math.h"}
 INCLUDES = {
-    "ops.cpp": {"ops.h", "launch.h", "preconditions.h"},
+    "ops.cpp": {"ops.h", "launch.h", "preconditions.h", "cuda/choices.h"},
     "autograd.cpp": {"ops.h"},
     "ops.h": set(),
-    "launch.h": set(),
+    "launch.h": {"options.h"},
+    "options.h": set(),
+    "rows.h": {"ops.h", "options.h"},
     "row_math.h": set(),
     "preconditions.h": set(),
-    "cpu/forward.cpp": {"ops.h", "launch.h", "preconditions.h"},
-    "cuda/forward.cpp": {"ops.h", "launch.h", "preconditions.h"},
+    "cpu/forward.cpp": {"ops.h", "launch.h", "preconditions.h", "rows.h"},
+    "cuda/forward.cpp": {"ops.h", "preconditions.h", "rows.h", "cuda/job.h", "cuda/stream.h"},
+    "cuda/stream.h": set(),
 }
 # What the row kernels may use of PyTorch: vectors, threads, number types.
 KERNEL_HEADERS = r"c10/(util|core/ScalarType)|ATen/(cpu/vec/vec\.h|Parallel\.h|Version\.h)|cuda|curand|cub/"

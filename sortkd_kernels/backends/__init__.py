@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -34,12 +35,21 @@ class BackendState(NamedTuple):
 
 
 def available_backends() -> dict[str, BackendState]:
-    """The state of each backend, by name. Starts no device and compiles nothing."""
-    return dict(_STATES)
+    """The state of each backend, by name, on this machine. Starts no device and compiles nothing."""
+    states = dict(_STATES)
+    native = states["native"]
+    # Counted now and not at import: the count asks the driver. NVML answers without starting a device.
+    if "cuda" in native.devices and not torch.cuda.device_count():
+        native = native._replace(devices=("cpu",), reason=f"{native.reason}; no CUDA device here, or no driver for it")
+    return states | {"native": native}
 
 
 def build_info() -> dict[str, Any]:
-    """Facts of the compiled extension: instruction set in use, those carried, compiler, CUDA; empty where not built."""
+    """Facts of the compiled extension; empty where it is not built.
+
+    ``cpu_capability`` in use, ``cpu_capabilities`` carried, ``compiler``, and ``cuda``: the architectures that the CUDA
+    kernels are compiled for, or False.
+    """
     return {} if _C is None else _C.build_info()
 
 
@@ -56,13 +66,29 @@ def choose(fn: str, backend: str | None, device: torch.device) -> str:
         RuntimeError: the named backend cannot run on ``device``; the message has the reason.
     """
     if backend is None:
-        return _default(device.type)
+        return _default_on(device) if device.type == "cuda" else _default(device.type)
     if backend not in NAMES:
         raise ValueError(f"{fn}: expected backend to be one of {', '.join(map(repr, NAMES))} or None, got {backend!r}")
     problem = _problem(backend, device.type)
     if problem:
         raise RuntimeError(f"{fn}: backend {backend!r} cannot run on {device.type}: {problem}")
     return backend
+
+
+def _default_on(device: torch.device) -> str:
+    """The default on a CUDA device: native kernels are compiled for some architectures, Triton's for the one there."""
+    name = _default("cuda")
+    # A graph is traced for the device that compiles it, whose capability the tracer does not follow.
+    if name == "native" and not torch.compiler.is_compiling() and _is_too_old(device.index):
+        return "reference" if _problem("triton", "cuda") else "triton"
+    return name
+
+
+@functools.cache
+def _is_too_old(device: int | None) -> bool:
+    oldest = min(int(architecture.removeprefix("sm_")) for architecture in build_info()["cuda"])
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor < oldest
 
 
 def _default(device: str) -> str:
@@ -91,8 +117,10 @@ def _native_state() -> BackendState:
     if _C is None:
         return BackendState(False, (), f"the compiled extension is not there ({_NATIVE_ERROR})")
     info = _C.build_info()
-    devices = ("cpu", "cuda") if info["cuda"] else ("cpu",)
-    return BackendState(True, devices, f"CPU kernels for {info['cpu_capability']}")
+    reason = f"CPU kernels for {info['cpu_capability']}"
+    if not info["cuda"]:
+        return BackendState(True, ("cpu",), f"{reason}; built without CUDA kernels")
+    return BackendState(True, ("cpu", "cuda"), f"{reason}; CUDA kernels for {', '.join(info['cuda'])}")
 
 
 def _triton_state() -> BackendState:

@@ -1,0 +1,4 @@
+// Student and teacher in bfloat16.
+#include "instances.cuh"
+
+SORTKD_INSTANCE(sortkd::cuda::Peeled<sortkd::cuda::BFloat16>)

@@ -1,0 +1,4 @@
+// Student and teacher in double.
+#include "instances.cuh"
+
+SORTKD_INSTANCE(sortkd::cuda::Peeled<double>)

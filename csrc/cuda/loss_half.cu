@@ -1,0 +1,4 @@
+// Student and teacher in float16.
+#include "instances.cuh"
+
+SORTKD_INSTANCE(sortkd::cuda::Peeled<sortkd::cuda::Half>)

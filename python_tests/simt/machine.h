@@ -1,0 +1,98 @@
+// The one multiprocessor: the launch that runs, its threads, and the way out of it when something is wrong.
+#pragma once
+
+#include <csignal>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "fiber.h"
+#include "settings.h"
+#include "shared_memory.h"
+#include "vector_types.h"
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace simt {
+
+// What a launch throws: kernel, block, thread and what they did.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A call of a collective; lanes are together when all of this is equal.
+struct Call {
+  const char* name = nullptr;
+  bool whole_block = false;
+  uint32_t mask = 0;  // of lanes; of no meaning to the whole block
+  std::source_location site;
+};
+
+struct Thread {
+  enum class State { Runnable, Waiting, Exited };
+  Fiber fiber;
+  uint3 index{};
+  State state = State::Exited;
+  Call call;           // where it waits
+  uint64_t given = 0;  // what it brought there
+  uint64_t taken = 0;  // what the others may read once all have arrived
+};
+
+struct Machine {
+  std::string kernel;
+  void (*body)(const void* parameters) = nullptr;
+  const void* parameters = nullptr;
+  Thread threads[1024];        // of the block that runs; their stacks are kept from launch to launch
+  Thread* current = nullptr;   // null while the scheduler runs
+  Fiber scheduler;
+  SharedMemory shared;
+  int counted = 0;             // threads of the block for which __syncthreads_count is true
+  std::string fault;           // what the current thread did, for the scheduler to throw
+  volatile std::sig_atomic_t overdue = 0;
+};
+
+inline Machine machine;
+
+inline std::string place_of(const char* file, unsigned line) {
+  const std::string path = file;
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+}
+
+inline std::string described(const Call& call) {
+  return std::string(call.name) + " (" + place_of(call.site.file_name(), call.site.line()) + ")";
+}
+
+inline std::string described(const uint3& index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
+
+inline std::string blame(const Thread& thread, const std::string& deed) {
+  return machine.kernel + ": block " + described(blockIdx) + ", thread " + described(thread.index) + ": " +
+         deed;
+}
+
+// Ends the launch because of what the current thread did. Its stack and those of the other threads are left as they
+// are: kernels own nothing that a destructor would have to give back.
+[[noreturn]] inline void fail(const std::string& deed) {
+  Thread& thread = *std::exchange(machine.current, nullptr);
+  machine.fault = blame(thread, deed);
+  machine.scheduler.resume(thread.fiber);
+  __builtin_unreachable();
+}
+
+constexpr const char* kEndless = "the launch does not end";
+
+// On the current thread: waits at a collective until the scheduler finds all of its lanes there.
+inline void wait_at(const Call& call, uint64_t given) {
+  Thread& thread = *machine.current;
+  thread.call = call;
+  thread.given = given;
+  thread.state = Thread::State::Waiting;
+  machine.scheduler.resume(thread.fiber);
+}
+
+inline char* shared_memory() { return machine.shared.base(); }
+
+}  // namespace simt

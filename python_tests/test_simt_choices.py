@@ -1,0 +1,174 @@
+"""The CUDA kernels at every launch choice, under the SIMT harness: threads a row, rows streamed, rows left to a second
+launch, entries that shared memory does not hold; each in three orders of threads and blocks, to the same bits.
+
+The choices that the kernels make themselves are tested as the backend "simt" by all the tests of the op.
+"""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, IGNORE, Shape
+from simt import build
+from tolerance import assert_matches, expect, expected
+
+from sortkd_kernels import fused_sort_kd, fused_sort_kd_topk, reference, sort_logits
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(bool(build.missing()), reason=build.missing()),
+    pytest.mark.parametrize("backend", ["simt"]),
+]
+
+# What is not named is as the kernels choose.
+CHOICES = {
+    "as chosen": {},
+    "a GPU of 132 processors": {"multiprocessors": 132},  # few rows are spread over more threads
+    "a warp a row": {"tile_group": 32},
+    "a block a row": {"tile_group": 128},
+    "wrong rows left": {"settled": 0},
+    "very wrong rows left": {"settled": 2, "stream_threads": 128, "blocks": 1},
+    "streamed": {"on_chip": -1},
+    "streamed, runs merged in device memory": {"on_chip": -1, "stream_threads": 64, "shared_entries": 32, "blocks": 2},
+}
+ORDERS = ("forward", "backward", "shuffled")
+SHAPES = (
+    Shape(6, 1, "one class"),
+    Shape(12, 2, "two classes"),
+    Shape(41, 9, "rows that begin anywhere"),
+    Shape(7, 64, "whole vectors: no edges"),
+    Shape(6, 129, "one past a power of two"),
+    Shape(6, 1001, "edges at both ends of a long row"),
+)
+VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "swap", "row-T", "dkd-lskd-scalar-T")]
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request, simt, monkeypatch):
+    from simt import backend
+
+    overrides = {"tile_group": 0, "stream_threads": 0, "on_chip": 0, "settled": -1, "shared_entries": 0, "blocks": 0}
+    chosen = dict(CHOICES[request.param])
+    monkeypatch.setattr(simt.settings, "multiprocessors", chosen.pop("multiprocessors", 2))
+    extension, _ = backend.modules()
+    extension.set_choices(*(overrides | chosen).values())
+    yield
+    extension.set_choices(*overrides.values())
+
+
+def in_every_order(simt, run):
+    """The result of ``run``, which no order may change by a bit."""
+    results = []
+    for order in ORDERS:
+        simt.settings.order = getattr(simt.Order, order)
+        results.append(run())
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert one is other or one is None or torch.equal(one, other)
+    return results[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(backend, simt, choice, shape, variant):
+    want = expected(shape, variant.name)
+    got = in_every_order(simt, lambda: cases.run(want.rows, variant, backend)[:-1])
+    assert_matches(cases.Result(*got), want)
+
+
+@pytest.mark.parametrize("dtypes", [d for d in cases.DTYPES if d != (F32, F32)], ids=cases.dtype_id)
+def test_dtypes(backend, simt, choice, dtypes):
+    for shape, name in ((Shape(9, 67, "edges"), "T4-ce-rows"), (Shape(6, 264, "no edges"), "dkd-lskd-scalar-T")):
+        want = expected(shape, name, dtypes)
+        got = in_every_order(simt, lambda want=want: cases.run(want.rows, want.variant, backend)[:-1])
+        assert_matches(cases.Result(*got), want)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32), (F64, F64)], ids=cases.dtype_id)
+def test_classes_in_the_middle(backend, simt, choice, dtypes):
+    """Logits [3, C, 5]: classes five apart, neighbouring rows next to each other."""
+    for classes, name in ((4, "T4-ce-rows"), (70, "sort")):
+        want = expected(Shape(15, classes, ""), name, dtypes)
+
+        def call(student, teacher, target, temperature, variant=want.variant):
+            dense = [x.view(3, 5, -1).movedim(-1, 1).contiguous() for x in (student, teacher)]
+            out = variant.function(
+                *dense, target.view(3, 5), temperature=temperature, class_dim=1, backend=backend, return_parts=True,
+                **variant.options,
+            )  # fmt: skip
+            return type(out)(*(x.flatten() if x.dim() else x for x in out))
+
+        got = in_every_order(
+            simt, lambda want=want, c=call: cases.run(want.rows, want.variant, backend, lambda _: c)[:-1]
+        )
+        assert_matches(cases.Result(*got), want)
+
+
+@pytest.mark.parametrize("tail", ("renormalize", "uniform"))
+def test_top_k(backend, simt, choice, tail):
+    """Against the same teacher written out."""
+    variant = cases.BY_NAME["sort"]
+    student, teacher, target = cases.make_rows(12, 90)
+    values, indices = teacher.log_softmax(-1).topk(20)
+    dense = reference.densify_top_k(values.double(), indices, 90, tail == "uniform")
+    want = expect(cases.Rows(student, dense, target), variant)
+
+    def call(student, *_):
+        return fused_sort_kd_topk(student, values, indices, target, tail=tail, backend=backend, return_parts=True)
+
+    got = in_every_order(simt, lambda: cases.run(want.rows, variant, backend, lambda _: call)[:-1])
+    assert torch.equal(got[3], want.truth.rank)
+    # The densified rows are float32 in the kernel: their logarithms have lost digits that float64 has.
+    torch.testing.assert_close(got[0].double(), want.truth.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got[4].double(), want.truth.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("correction", ("sort", "swap", "none"))
+def test_sort_logits(backend, simt, choice, correction):
+    """Values only move: exact, in every dtype."""
+    for dtype in (F32, F64, BF16, F16):
+        for classes in (1, 9, 129, 520):
+            _, teacher, target = cases.make_rows(7, classes, (dtype, dtype))
+            counts = (target != IGNORE).unsqueeze(-1)
+            want = torch.where(counts, reference.correct_logits(teacher, target.clamp_min(0), correction), teacher)
+            (got,) = in_every_order(
+                simt, lambda t=teacher, y=target: [sort_logits(t, y, correction=correction, backend=backend)]
+            )
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("special", (torch.nan, torch.inf))
+def test_a_broken_row_breaks_no_other(backend, simt, choice, special):
+    """NaN or +inf in one row of either side, at the label or beside it; nothing hangs."""
+    student, teacher, target = cases.make_rows(10, 45)
+    target[target == IGNORE] = 3
+    whole = fused_sort_kd(student, teacher, target, reduction="none", backend=backend)
+    student[1, (target[1] + 1) % 45], teacher[3, (target[3] + 7) % 45] = special, special
+    student[6, target[6]], teacher[8, target[8]] = special, special
+    student.requires_grad_()
+    loss = fused_sort_kd(student, teacher, target, reduction="none", backend=backend)
+    loss.sum().backward()
+    broken = torch.tensor([1, 3, 6, 8])
+    others = torch.tensor([0, 2, 4, 5, 7, 9])
+    assert loss[broken].isnan().all() and student.grad[broken].isnan().all()
+    assert torch.equal(loss[others], whole[others]) and student.grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("label", (-1, 45, 2**40))
+def test_a_bad_label_stops_the_kernel(backend, simt, choice, label):
+    """Labels on a GPU cannot be looked at by the host: the kernel's assertion speaks."""
+    student, teacher, target = cases.make_rows(10, 45)
+    target[4] = label
+    with pytest.raises(RuntimeError, match=r"assertion .*a label is outside \[0, C\)"):
+        fused_sort_kd(student, teacher, target, backend=backend)
+    with pytest.raises(RuntimeError, match=r"assertion .*a label is outside \[0, C\)"):
+        sort_logits(teacher, target, backend=backend)
+
+
+def test_sums_in_two_stages(backend, simt):
+    """More rows than one block counts and sums."""
+    variant = cases.BY_NAME["batchmean"]
+    want = expected(Shape(9001, 3, "two blocks of sums"), variant.name)
+    got = in_every_order(simt, lambda: cases.run(want.rows, variant, backend)[:-1])
+    assert_matches(cases.Result(*got), want)
