@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ def join(device: str = "auto") -> Iterator[World]:
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size())
     finally:
+        # DistributedDataParallel is in reference cycles and holds the group. One that outlives this line lives on into
+        # the interpreter's end, where a worker thread of gloo that still has a tensor to free aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
