@@ -19,8 +19,8 @@ from typing import NamedTuple
 from setuptools import Extension, setup
 
 ROWS = "csrc/cpu/rows.cpp"
-SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/forward.cpp"]
-CUDA_SOURCES = ["csrc/cuda/forward.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))]
+SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/forward.cpp", "csrc/cpu/launcher.cpp"]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 # A100, RTX 30, RTX 40, H100, B200, RTX 50. Later processors compile the last one's PTX.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -89,7 +89,7 @@ def extension_arguments() -> dict[str, object]:
                 super().run()
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                if "csrc/cuda/forward.cpp" in extension.sources and os.environ.get("SORTKD_CUDA") != "1":
+                if set(CUDA_SOURCES) <= set(extension.sources) and os.environ.get("SORTKD_CUDA") != "1":
                     say(f"the CUDA kernels were not built ({reason}); trying without them")
                     without_cuda(extension)
                     return self.run()

@@ -30,6 +30,7 @@ from static_rows import BYTES, Row, nvidia_row
 from sortkd_kernels import backends
 from sortkd_kernels.backends.triton import offline
 from sortkd_kernels.backends.triton.offline import Case
+from sortkd_kernels.ops import LossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,7 +55,7 @@ HARD = (
 def triton_rows(case: Case, label: str, target: str, only: str | None = None) -> Iterator[Row]:
     """A row for each kernel that a case launches (the first launch of each kind); ``only`` one of them by name."""
     seen = set()
-    for launch in offline.launches(case, target, rows=64):
+    for launch in offline.launches(case, target, LossConfig, rows=64):
         name = launch.kernel.__name__
         if (name, launch.left) in seen or (only and name != only):
             continue

@@ -94,7 +94,7 @@ METHODS = {
     "KD": Method("fused_sort_kd", {}, {}, paper_kd),
     "plain KD": Method("fused_sort_kd", {"correction": "none"}, {"correction": "none"}, kd),
     "KD + CE": Method("fused_sort_kd", {"ce_weight": 1.0}, {"ce_weight": 1.0}, paper_kd_ce),
-    "DKD": Method("fused_sort_dkd", {"alpha": 1.0, "beta": 8.0}, {"decoupled": True, "beta": 8.0}, paper_dkd),
+    "DKD": Method("fused_sort_dkd", {"alpha": 1.0, "beta": 8.0}, {"beta": 8.0}, paper_dkd),
     "LSKD": Method("fused_sort_kd", {"standardize": True}, {"standardized": True}, paper_lskd),
     "learned T": Method("fused_sort_kd", {}, {}, paper_kd, learned=True),
 }

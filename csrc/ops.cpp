@@ -1,13 +1,14 @@
-// Schemas, registrations, and the module with the build's facts. sortkd_kernels/ops.py has the fake kernels.
+// The compiled ops under the schemas of sortkd_kernels/ops.py, and the module with the loss for tensors with values.
 #include "ops.h"
 
+#include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "kernels.h"
+
 #if defined(SORTKD_SIMT)
 #include "cuda/choices.h"
-#else
-#include "launch.h"
 #endif
 
 // The harness registers the device's code under a name of its own, beside the package's.
@@ -18,133 +19,114 @@
 #define SORTKD_LIBRARY sortkd_kernels
 #define SORTKD_MODULE _C
 #endif
-// PyTorch's macros paste their argument as it stands; through these it is expanded first.
-#define SORTKD_DEFINE(library, m) TORCH_LIBRARY(library, m)
+// PyTorch's macro pastes its argument as it stands; through this one it is expanded first.
 #define SORTKD_IMPLEMENT(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
+
+namespace pybind11::detail {
+
+// LossConfig, a NamedTuple of Python.
+template <>
+struct type_caster<sortkd::LossConfig> {
+  PYBIND11_TYPE_CASTER(sortkd::LossConfig, const_name("LossConfig"));
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr())) return false;
+    Py_ssize_t i = 0;
+    sortkd::for_each_field(value, [&](auto& field) {
+      using Field = std::decay_t<decltype(field)>;
+      const handle item = PyTuple_GetItem(source.ptr(), i++);
+      if (!item) throw error_already_set();
+      if constexpr (std::is_enum_v<Field>)
+        field = static_cast<Field>(item.cast<int64_t>());
+      else
+        field = item.cast<Field>();
+    });
+    return i == PyTuple_GET_SIZE(source.ptr());
+  }
+};
+}  // namespace pybind11::detail
 
 namespace sortkd {
 namespace {
 
-#define SORTKD_CONFIG_SCHEMA                                                                                     \
-  "float temperature, int correction, bool decoupled, float kd_weight, float alpha, float beta, float ce_weight, " \
-  "bool standardize, bool uniform_tail, int class_dim, int reduction, int ignore_index"
-#define SORTKD_TENSORS_SCHEMA \
-  "Tensor student, Tensor teacher, Tensor? teacher_indices, Tensor target, Tensor? temperature_tensor"
-
-// An op's outputs must be tensors; a part that nobody asked for is an empty one.
+// An op's outputs must be tensors: a part that nobody asked for is an empty one.
 at::Tensor defined_or_empty(const at::Tensor& t, const at::Tensor& like, at::ScalarType dtype) {
   return t.defined() ? t : at::empty({0}, like.options().dtype(dtype));
 }
 
-using ForwardOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// The arguments of the schema from the dispatcher's stack, from the last to the first.
+void sort_kd_forward(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size()).vec();
+  size_t next = 0;
+  const auto take = [&]() -> const c10::IValue& { return arguments[next++]; };
+  const auto optional = [&] { return take().toOptional<at::Tensor>(); };
+  LossTensors t;
+  t.student = take().toTensor();
+  t.teacher = take().toTensor();
+  t.teacher_indices = optional();
+  t.target = take().toTensor();
+  t.temperature = optional();
+  LossConfig config;
+  for_each_field(config, [&](auto& field) {
+    using Field = std::decay_t<decltype(field)>;
+    if constexpr (std::is_enum_v<Field>)
+      field = static_cast<Field>(take().toInt());
+    else
+      field = take().to<Field>();
+  });
+  GradRequest request;
+  request.grad_output = optional();
+  request.student = take().toBool();
+  request.temperature = take().toBool();
+  const LossResult r = forward(t, config, request);
+  const auto acc = r.loss.scalar_type();
+  torch::jit::drop(*stack, arguments.size());
+  torch::jit::push(*stack, r.loss, defined_or_empty(r.kd, r.loss, acc), defined_or_empty(r.ce, r.loss, acc),
+                   defined_or_empty(r.rank, r.loss, at::kInt),
+                   defined_or_empty(r.grad_student, t.student, t.student.scalar_type()),
+                   defined_or_empty(r.grad_temperature, r.loss, acc));
+}
 
-ForwardOutput sort_kd_forward(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                              const at::Tensor& target, const OptionalTensor& temperature_tensor, double temperature,
-                              int64_t correction, bool decoupled, double kd_weight, double alpha, double beta,
-                              double ce_weight, bool standardize, bool uniform_tail, int64_t class_dim, int64_t reduction,
-                              int64_t ignore_index, bool parts, const OptionalTensor& upstream, bool grad_student,
-                              bool grad_temperature) {
-  auto r = forward_on_device({student, teacher, teacher_indices, target, temperature_tensor},
-                       {temperature, correction, decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail,
-                        class_dim, reduction, ignore_index, parts},
-                       {grad_student, grad_temperature, false, upstream});
-  const auto dtype = r.loss.scalar_type();
-  return {r.loss,
-          defined_or_empty(r.kd, r.loss, dtype),
-          defined_or_empty(r.ce, r.loss, dtype),
-          defined_or_empty(r.rank, r.loss, at::kInt),
-          defined_or_empty(r.grad_student, student, student.scalar_type()),
-          defined_or_empty(r.grad_temperature, r.loss, dtype)};
+at::Tensor sort_logits_op(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index) {
+  return sort_logits(teacher, target, static_cast<Correction>(correction), ignore_index);
+}
+
+// The student's values are there to be read: no trace, no transform, no mode that wants to see the ops.
+bool is_eager(const at::Tensor& student) {
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return has_kernels(student) && !student.key_set().has_any(observed) &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
 }
 
 using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-LossOutput sort_kd_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                        const at::Tensor& target, const OptionalTensor& temperature_tensor, double temperature,
-                        int64_t correction, bool decoupled, double kd_weight, double alpha, double beta, double ce_weight,
-                        bool standardize, bool uniform_tail, int64_t class_dim, int64_t reduction, int64_t ignore_index,
-                        bool parts, bool inplace) {
-  auto r = loss({student, teacher, teacher_indices, target, temperature_tensor},
-                {temperature, correction, decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail,
-                 class_dim, reduction, ignore_index, parts},
-                inplace);
-  return {r.loss, r.kd, r.ce, r.rank};
-}
-
-LossOutput sort_kd_loss_op(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                           const at::Tensor& target, const OptionalTensor& temperature_tensor, double temperature,
-                           int64_t correction, bool decoupled, double kd_weight, double alpha, double beta,
-                           double ce_weight, bool standardize, bool uniform_tail, int64_t class_dim, int64_t reduction,
-                           int64_t ignore_index, bool parts, bool inplace) {
-  auto [loss, kd, ce, rank] =
-      sort_kd_loss(student, teacher, teacher_indices, target, temperature_tensor, temperature, correction, decoupled,
-                   kd_weight, alpha, beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts,
-                   inplace);
-  const auto dtype = loss.scalar_type();
-  return {loss, defined_or_empty(kd, loss, dtype), defined_or_empty(ce, loss, dtype),
-          defined_or_empty(rank, loss, at::kInt)};
-}
-
-at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index) {
-#if defined(SORTKD_SIMT) || defined(SORTKD_CUDA)
-  if (kernels_for(teacher) == Kernels::Cuda) return sort_logits_cuda(teacher, target, correction, ignore_index);
-#endif
-#if !defined(SORTKD_SIMT)
-  return sort_logits_cpu(teacher, target, correction, ignore_index);
-#endif
+// The loss past the dispatcher, whose argument parser costs more than the kernel at 64 x 100. Nothing where that cannot be.
+std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& indices,
+                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
+                                     bool inplace) {
+  if (!is_eager(student)) return std::nullopt;
+  LossResult r = differentiable_loss({student, teacher, indices, target, temperature}, config, inplace);
+  return LossOutput{r.loss, r.kd, r.ce, r.rank};
 }
 
 }  // namespace
 
-LossResult forward_on_device(const LossTensors& tensors, const LossConfig& config, const GradRequest& request) {
-#if defined(SORTKD_SIMT) || defined(SORTKD_CUDA)
-  if (kernels_for(tensors.student) == Kernels::Cuda) return forward_cuda(tensors, config, request);
-#endif
-#if !defined(SORTKD_SIMT)
-  return forward_cpu(tensors, config, request);
-#endif
-}
-
-LossResult forward(const LossTensors& t, const LossConfig& c, const GradRequest& request) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(C10_STRINGIZE(SORTKD_LIBRARY) "::sort_kd_forward", "")
-                             .typed<decltype(sort_kd_forward)>();
-  auto [loss, kd, ce, rank, grad_student, grad_temperature] = op.call(
-      t.student, t.teacher, t.teacher_indices, t.target, t.temperature, c.temperature, c.correction, c.decoupled,
-      c.kd_weight, c.alpha, c.beta, c.ce_weight, c.standardize, c.uniform_tail, c.class_dim, c.reduction, c.ignore_index,
-      c.parts, request.upstream, request.student, request.temperature);
-  return {loss, kd, ce, rank, grad_student, grad_temperature};
-}
-
-SORTKD_DEFINE(SORTKD_LIBRARY, m) {
-  m.def("sort_kd_loss(" SORTKD_TENSORS_SCHEMA ", " SORTKD_CONFIG_SCHEMA
-        ", bool parts, bool inplace) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("sort_kd_forward(" SORTKD_TENSORS_SCHEMA ", " SORTKD_CONFIG_SCHEMA
-        ", bool parts, Tensor? upstream, bool grad_student, bool grad_temperature)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("sort_logits(Tensor teacher, Tensor target, int correction, int ignore_index) -> Tensor");
-}
-
-// Composite: autograd.cpp decides by its inputs, and torch.compile traces through to the op below.
-SORTKD_IMPLEMENT(SORTKD_LIBRARY, CompositeImplicitAutograd, m) { m.impl("sort_kd_loss", &sort_kd_loss_op); }
-
 SORTKD_IMPLEMENT(SORTKD_LIBRARY, CPU, m) {
-  m.impl("sort_kd_forward", &sort_kd_forward);
-  m.impl("sort_logits", &sort_logits);
+  m.impl("sort_kd_forward", torch::CppFunction::makeFromBoxedFunction<&sort_kd_forward>());
+  m.impl("sort_logits", &sort_logits_op);
 }
 #if defined(SORTKD_CUDA)
 SORTKD_IMPLEMENT(SORTKD_LIBRARY, CUDA, m) {
-  m.impl("sort_kd_forward", &sort_kd_forward);
-  m.impl("sort_logits", &sort_logits);
+  m.impl("sort_kd_forward", torch::CppFunction::makeFromBoxedFunction<&sort_kd_forward>());
+  m.impl("sort_logits", &sort_logits_op);
 }
 #endif
 
 }  // namespace sortkd
 
 PYBIND11_MODULE(SORTKD_MODULE, module) {
-  module.doc() = "The compiled part of sortkd_kernels; importing it registers the ops.";
-  // The op without the dispatcher's argument parser, which costs more than the kernel at 64 x 100.
-  module.def("sort_kd_loss", &sortkd::sort_kd_loss);
+  module.doc() = "The compiled part of sortkd_kernels; importing it registers the kernels of the ops.";
+  module.def("eager_loss", &sortkd::eager_loss);
 #if defined(SORTKD_SIMT)
   // Tests reach every code path with small rows.
   module.def("set_choices", [](int tile_group, int stream_threads, int on_chip, int settled, int entries, int blocks) {

@@ -1,13 +1,16 @@
-// The scalar formulas of one row, shared by the CPU and CUDA kernels: from the row's sums to its losses and to the few
-// numbers that the gradient pass needs. The derivations are in sortkd_kernels/reference.py.
+// The scalar formulas of one row, shared by the CPU and CUDA kernels: from the row's sums to its losses and to the few numbers
+// that the gradient pass needs. The derivations are in sortkd_kernels/reference.py.
 //
-// All sums run over the classes without the label, relative to the maxima without the label. The label enters through its
-// log odds d = v_y - log z, so 1 - q_y keeps its precision where q_y rounds to 1, and one set of sums serves KD and DKD:
-// KD is DKD with alpha = 1 and beta = 1 - p_y.
+// All sums run over the classes without the label. The label enters through its log odds d = v_y - log z, so 1 - q_y keeps its
+// precision where q_y rounds to 1, and one set of sums serves KD and DKD: KD is DKD with alpha = 1 and beta = 1 - p_y.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
+
+#include "loss_config.h"
 
 #if defined(__CUDACC__)
 #define SORTKD_HD __host__ __device__ __forceinline__
@@ -18,27 +21,30 @@
 namespace sortkd {
 
 constexpr double kStandardizeEps = 1e-7;
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLog2e = 1.44269504088896340736;
 
-// v = a (x - max), in nats, a the inverse temperature (times the inverse standard deviation under standardization).
+// v = (x - reference) / T, in nats; under standardization also divided by the standard deviation.
 template <typename T>
 struct RowSums {
-  T z_student, z_teacher;     // sum exp v
-  T cross;                    // sum exp(v_t) (v_t - v_s)
+  T z_student, z_teacher;        // sum exp v
+  T cross;                       // sum exp(v_t) (v_t - v_s)
   T v_label_student, v_label_teacher;
-  T z_plain, v_label_plain;   // the student at temperature 1, for the cross-entropy
-  T moment_student;           // sum exp(v_s) v_s
-  T moment_teacher;           // sum exp(v_t) v_t
-  T moment_cross;             // sum exp(v_t) v_t (v_t - v_s)
+  T z_ce, v_label_ce;            // of the student at temperature 1, for the cross-entropy
+  T moment_student;              // sum exp(v_s) v_s
+  T moment_teacher;              // sum exp(v_t) v_t
+  T moment_cross;                // sum exp(v_t) v_t (v_t - v_s)
 };
 
-// grad_i = on_student exp(v_s) - on_teacher exp(v_t) + on_plain exp(v_1) for i != y, and `at_label` for y, all to be
-// multiplied by what d u / d s is; `along_u` = sum (dF/du) u for the chain through the student's standard deviation.
+// With F the row's distillation loss divided by T^2, dF/dv_i = on_student exp(v_s) - on_teacher exp(v_t) for i != y and
+// at_label for y; d CE/ds_i = on_ce exp(v_ce) and ce_at_label. u_dot_grad = sum v_i dF/dv_i, for the derivatives by the
+// temperature and by the standard deviation.
 template <typename T>
 struct RowTerms {
   T kd, ce;
   T on_student, on_teacher, at_label;
-  T on_plain, plain_at_label;
-  T along_u;
+  T on_ce, ce_at_label;
+  T u_dot_grad;
   T grad_temperature;
 };
 
@@ -62,13 +68,25 @@ SORTKD_HD Binary<T> from_log_odds(T odds) {
           likely ? small * large : large};
 }
 
+// p * x, and 0 where p is 0 whatever x is: what has no probability takes no part.
 template <typename T>
-SORTKD_HD T entropy_term(T p, T log_p, T log_q) {
-  return p == T(0) ? T(0) : p * (log_p - log_q);
+SORTKD_HD T expected(T p, T x) {
+  return p == T(0) ? T(0) : p * x;
 }
 
-// Options: anything with decoupled, alpha, beta. `moments`: along_u and grad_temperature are wanted. F below is the loss
-// of the row divided by T^2.
+// weight * term, and 0 for an infinite term of weight 0. A NaN stays one.
+template <typename T>
+SORTKD_HD T weighted(T weight, T term) {
+  return weight == T(0) && std::fabs(term) == std::numeric_limits<T>::infinity() ? T(0) : weight * term;
+}
+
+// sum / z, and 0 for the mean over no class.
+template <typename T>
+SORTKD_HD T mean_of(T sum, T z) {
+  return z == T(0) ? T(0) : sum / z;
+}
+
+// `moments`: the three sums of that name are there, and u_dot_grad and grad_temperature are wanted.
 template <typename T>
 SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool decoupled, T alpha, T beta, bool with_ce,
                                 bool moments) {
@@ -76,50 +94,105 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool deco
   const T infinity = std::numeric_limits<T>::infinity();
   if (sums.v_label_student == infinity || sums.v_label_teacher == infinity) {
     // +inf at the label: the softmax of the row is inf / inf.
-    terms.kd = terms.ce = terms.on_student = terms.on_teacher = terms.at_label = terms.on_plain = terms.plain_at_label =
-        terms.along_u = terms.grad_temperature = std::numeric_limits<T>::quiet_NaN();
+    terms.kd = terms.ce = terms.on_student = terms.on_teacher = terms.at_label = terms.on_ce = terms.ce_at_label =
+        terms.u_dot_grad = terms.grad_temperature = std::numeric_limits<T>::quiet_NaN();
     return terms;
   }
   const T log_z_s = std::log(sums.z_student), log_z_t = std::log(sums.z_teacher);
   const T odds_s = sums.v_label_student - log_z_s, odds_t = sums.v_label_teacher - log_z_t;
   const Binary<T> q = from_log_odds(odds_s), p = from_log_odds(odds_t);
+  // A teacher that leaves nothing beside the label leaves nothing to match there; a student that has nothing there can match
+  // no teacher that has.
+  const bool teacher_alone = sums.z_teacher == T(0), student_alone = sums.z_student == T(0);
+  const bool alone = teacher_alone || student_alone;
 
-  const T tckd = entropy_term(p.label, p.log_label, q.log_label) + entropy_term(p.others, p.log_others, q.log_others);
-  // A side with no finite logit beside the label has nothing to renormalise.
-  const bool alone = sums.z_teacher == T(0) || sums.z_student == T(0);
-  const T nckd = alone ? T(0) : sums.cross / sums.z_teacher - log_z_t + log_z_s;
+  const T tckd = expected(p.label, p.log_label - q.log_label) + expected(p.others, p.log_others - q.log_others);
+  const T nckd = teacher_alone ? T(0) : student_alone ? infinity : sums.cross / sums.z_teacher - log_z_t + log_z_s;
   const T a = decoupled ? alpha : T(1);
-  const T b = decoupled ? beta : p.others;
-  const T f = a * tckd + b * nckd;
+  const T b = teacher_alone ? T(0) : decoupled ? beta : p.others;
+  const T f = weighted(a, tckd) + weighted(b, nckd);
   terms.kd = temperature * temperature * f;
 
   const T pull = a * (q.label - p.label);  // dF / d odds_s
-  terms.on_student = sums.z_student == T(0) ? T(0) : (decoupled ? b - pull : q.others) / sums.z_student;
-  terms.on_teacher = sums.z_teacher == T(0) ? T(0) : b / sums.z_teacher;
+  terms.on_student = mean_of(decoupled ? b - pull : q.others, sums.z_student);
+  terms.on_teacher = mean_of(b, sums.z_teacher);
   terms.at_label = pull;
 
   if (with_ce) {
-    const T log_z = std::log(sums.z_plain);
-    const Binary<T> plain = from_log_odds(sums.v_label_plain - log_z);
-    terms.ce = -plain.log_label;
-    terms.on_plain = sums.z_plain == T(0) ? T(0) : plain.others / sums.z_plain;
-    terms.plain_at_label = -plain.others;
+    const Binary<T> ce = from_log_odds(sums.v_label_ce - std::log(sums.z_ce));
+    terms.ce = -ce.log_label;
+    terms.on_ce = mean_of(ce.others, sums.z_ce);
+    terms.ce_at_label = -ce.others;
   }
   if (moments) {
-    const T mean_s = sums.z_student == T(0) ? T(0) : sums.moment_student / sums.z_student;
+    const T mean_s = mean_of(sums.moment_student, sums.z_student);
     const T mean_t = alone ? T(0) : sums.moment_teacher / sums.z_teacher;
     const T cross = alone ? T(0) : sums.cross / sums.z_teacher;
-    const T mean_t_of_s = mean_t - cross;  // E_p^[v_s]
+    const T mean_s_under_t = mean_t - cross;
     const T covariance = alone ? T(0) : sums.moment_cross / sums.z_teacher - mean_t * cross;
-    terms.along_u = b * (mean_s - mean_t_of_s) + pull * (sums.v_label_student - mean_s);
-    const T spread = p.label * p.others * (sums.v_label_teacher - mean_t);
-    // spread 0: one side of the label's odds is impossible for the teacher at any temperature, and the odds are infinite.
-    T along_v = b * covariance;
-    if (spread != T(0)) along_v += a * spread * (odds_t - odds_s);
-    if (!decoupled) along_v -= nckd * spread;  // beta = 1 - p_y depends on the teacher too
-    terms.grad_temperature = T(2) * temperature * f - temperature * (terms.along_u + along_v);
+    terms.u_dot_grad = b * (mean_s - mean_s_under_t) + pull * (sums.v_label_student - mean_s);
+    const T dodds_t = p.label * p.others * (sums.v_label_teacher - mean_t);
+    // 0: one side of the label's odds is impossible for the teacher at any temperature, and the odds are infinite.
+    T v_dot_grad = b * covariance + expected(dodds_t, a * (odds_t - odds_s));
+    if (!decoupled) v_dot_grad -= expected(dodds_t, nckd);  // beta = 1 - p_y depends on the teacher too
+    terms.grad_temperature = T(2) * temperature * f - temperature * (terms.u_dot_grad + v_dot_grad);
   }
   return terms;
+}
+
+// What an absent class of a top-k teacher holds: nothing; or, the k values being log-probabilities of sum `mass`, an equal share
+// of what they leave. Rounding may leave a hair above 1: then nothing is left. A NaN stays one.
+template <typename T>
+SORTKD_HD T tail_logit(bool uniform, double mass, int64_t absent) {
+  if (!uniform || absent == 0 || mass >= 1) return -std::numeric_limits<T>::infinity();
+  return static_cast<T>(std::log((1 - mass) / static_cast<double>(absent)));
+}
+
+// An order-preserving unsigned image of a float: larger value, smaller key.
+SORTKD_HD uint32_t descending_key(float x) {
+  uint32_t bits;
+  x += 0.0f;  // -0 and +0 are equal
+  memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+}
+SORTKD_HD uint64_t descending_key(double x) {
+  uint64_t bits;
+  x += 0.0;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & 0x8000000000000000ull ? bits : ~bits & 0x7fffffffffffffffull;
+}
+
+template <typename T>
+struct MeanStd {
+  T mean, std;
+};
+
+// grad_i = on_student exp(v_s) - on_teacher exp(v_t) + on_ce exp(v_ce) - dstd (x_i - mean) for i != y, and at_label for y.
+template <typename T>
+struct Coefficients {
+  T on_student, on_teacher, on_ce, at_label;
+  T dstd;  // the way through the student's standard deviation, 0 without one
+};
+
+// From the terms, whose sums have v = inverse * x + const with a constant standard deviation, to d loss / d s.
+//
+// grad_output: what multiplies the row's loss. LSKD's z-score z = (x - mean) / (std + eps) has
+// dz_i / dx_j = ([i = j] - 1 / C) / (std + eps) - z_i z_j / ((C - 1) std), and the gradient by z sums to 0.
+template <typename T>
+SORTKD_HD Coefficients<T> gradient_coefficients(const RowTerms<T>& terms, const LossConfig& config, T grad_output, T temperature,
+                                                T inverse, T C, T label_logit, const MeanStd<T>& student) {
+  const T kd_scale = grad_output * T(config.kd_weight) * temperature * temperature * inverse;
+  const T ce_scale = grad_output * T(config.ce_weight);
+  Coefficients<T> c{};
+  c.on_student = kd_scale * terms.on_student;
+  c.on_teacher = kd_scale * terms.on_teacher;
+  c.on_ce = ce_scale * terms.on_ce;
+  c.at_label = kd_scale * terms.at_label + ce_scale * terms.ce_at_label;
+  if (config.standardize && student.std > T(0)) {
+    c.dstd = kd_scale * terms.u_dot_grad / (inverse * (C - T(1)) * student.std * (student.std + T(kStandardizeEps)));
+    c.at_label -= c.dstd * (label_logit - student.mean);
+  }
+  return c;
 }
 
 }  // namespace sortkd

@@ -238,9 +238,8 @@ def truth(rows: Rows, variant: Variant, dtype: torch.dtype = F64) -> Result:
         rows.target,
         temperature=temperature,
         correction=variant.options.get("correction", "sort"),
-        decoupled=variant.decoupled,
         alpha=variant.options.get("alpha", 1.0),
-        beta=variant.options.get("beta", 8.0),
+        beta=variant.options.get("beta", 8.0) if variant.decoupled else None,
         standardized=variant.options.get("standardize", False),
     )
     reduction = variant.options.get("reduction", "mean")

@@ -107,7 +107,7 @@ def test_common_case_compiled_again(static, results):
         "import json, sys; from dataclasses import asdict; import gpu_static as g, torch\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    for row in g.triton_rows(g.Case(1000, dtype), '', 'sm_90', 'sort_kd_tile'): print(json.dumps(asdict(row)))\n"
-        "tile = g.offline.launches(g.Case(1000), 'sm_90')[1]\n"
+        "tile = g.offline.launches(g.Case(1000), 'sm_90', g.LossConfig)[1]\n"
         "assert '__assertfail' in g.offline.compiled(tile, 'sm_90').asm['ptx']  # of a label outside the classes"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join((str(BENCHMARKS), str(ROOT)))}

@@ -141,7 +141,8 @@ def test_no_contribution_where_the_teacher_has_no_probability(backend, decoupled
     short = function(short_student, rows.teacher[:, :7], target, **call)
     loss.sum().backward()
     short.sum().backward()
-    torch.testing.assert_close(loss, short)
+    # beta = 8 times a difference of logarithms, each with a few roundings of its own sum.
+    torch.testing.assert_close(loss, short, rtol=4e-6, atol=1e-6)
     torch.testing.assert_close(student.grad, F.pad(short_student.grad, (0, 2)))
     assert not student.grad[:, 7:].any()
 

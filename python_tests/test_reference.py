@@ -73,7 +73,12 @@ def by_hand(student, teacher, label, T, correction, decoupled, standardized, alp
 def test_formulas(rows, T, correction, decoupled, standardized):
     student, teacher, target = rows
     kd, ce, rank = reference.loss_rows(
-        *rows, temperature=T, correction=correction, decoupled=decoupled, standardized=standardized, alpha=1.5, beta=6.0
+        *rows,
+        temperature=T,
+        correction=correction,
+        standardized=standardized,
+        alpha=1.5,
+        beta=6.0 if decoupled else None,
     )
     hand = [
         by_hand(s, t, y, T, correction, decoupled, standardized, 1.5, 6.0)
@@ -135,8 +140,8 @@ def test_gradient_of_the_z_score(rows):
 def test_kd_is_its_two_halves(rows):
     """KD = TCKD + (1 - p_y) NCKD: one kernel serves both."""
     kd, _, _ = reference.loss_rows(*rows)
-    tckd, _, _ = reference.loss_rows(*rows, decoupled=True, alpha=1.0, beta=0.0)
-    nckd, _, _ = reference.loss_rows(*rows, decoupled=True, alpha=0.0, beta=1.0)
+    tckd, _, _ = reference.loss_rows(*rows, alpha=1.0, beta=0.0)
+    nckd, _, _ = reference.loss_rows(*rows, alpha=0.0, beta=1.0)
     _, teacher, target = rows
     p_y = (reference.sort_logits(teacher, target) / 4).softmax(-1)[torch.arange(24), target]
     torch.testing.assert_close(kd, tckd + (1 - p_y) * nckd, **EXACT)

@@ -8,7 +8,7 @@ import torch
 
 from sortkd_kernels import reference
 from sortkd_kernels.backends import triton as backend
-from sortkd_kernels.ops import reduce_rows
+from sortkd_kernels.ops import LossConfig
 
 NONE, SUM, MEAN = range(3)
 CORRECTIONS = ("none", "sort", "swap")
@@ -33,24 +33,28 @@ def expected(student, teacher, target, *, temperature=4.0, correction="sort", me
     student = student.to(dtype).detach().requires_grad_()
     temperature = torch.as_tensor(temperature, dtype=dtype).detach().requires_grad_()
     kd, ce, rank = reference.loss_rows(
-        student, teacher.to(dtype), target, temperature=temperature, correction=correction, decoupled=method[0],
-        standardized=method[1], alpha=WEIGHTS[1], beta=WEIGHTS[2],
+        student, teacher.to(dtype), target, temperature=temperature, correction=correction,
+        standardized=method[1], alpha=WEIGHTS[1], beta=WEIGHTS[2] if method[0] else None,
     )  # fmt: skip
-    parts = [reduce_rows(x, target, reduction, -100, target.shape) for x in (kd, ce)]
+    count = (target != -100).sum() if reduction == MEAN else 1
+    parts = [x.reshape(target.shape) if reduction == NONE else x.sum() / count for x in (kd, ce)]
     loss = WEIGHTS[0] * parts[0] + WEIGHTS[3] * parts[1]
     loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(dtype))
     return loss.detach(), parts[0].detach(), parts[1].detach(), rank, student.grad, temperature.grad
 
 
 def run(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
-        grad_loss=None, indices=None, uniform=False, class_dim=-1, with_grad=True, inplace=False):  # fmt: skip
+        grad_loss=None, indices=None, uniform=False, with_grad=True, inplace=False):  # fmt: skip
     """The backend's loss."""
     learned = isinstance(temperature, torch.Tensor)
     kd_weight, alpha, beta, ce_weight = WEIGHTS
+    config = LossConfig(
+        1.0 if learned else temperature, CORRECTIONS.index(correction), kd_weight, alpha, beta if method[0] else None,
+        ce_weight, method[1], uniform, reduction, -100, True,
+    )  # fmt: skip
     return backend.loss_forward(
-        student, teacher, indices, target, temperature if learned else None, 1.0 if learned else temperature,
-        CORRECTIONS.index(correction), method[0], kd_weight, alpha, beta, ce_weight, method[1], uniform, class_dim,
-        reduction, -100, True, grad_loss, with_grad, inplace,
+        student, teacher, indices, target, temperature if learned else None, config, grad_loss, with_grad,
+        learned and with_grad, inplace,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ the CPU kernels check them (``IndexError``), the GPU kernels assert on the devic
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -102,11 +103,12 @@ def check_top_k(fn: str, student: Tensor, values: Tensor, indices: Tensor) -> No
     check_device(fn, "student", student, "teacher_indices", indices)
 
 
-def check_temperature(fn: str, temperature: float) -> None:
+def as_temperature(fn: str, temperature: float) -> float:
     """A positive finite number."""
-    check_number(fn, "temperature", temperature)
-    if temperature <= 0:
+    number = as_float(fn, "temperature", temperature)
+    if number <= 0:
         raise ValueError(f"{fn}: expected temperature to be positive, got {temperature}")
+    return number
 
 
 def check_temperature_tensor(fn: str, temperature: Tensor, student: Tensor, target: Tensor) -> None:
@@ -121,14 +123,13 @@ def check_temperature_tensor(fn: str, temperature: Tensor, student: Tensor, targ
     check_device(fn, "student", student, "temperature", temperature)
 
 
-def check_number(fn: str, argument: str, value: float) -> None:
-    """A finite real number."""
-    if type(value) is float and -math.inf < value < math.inf:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def as_float(fn: str, argument: str, value: float) -> float:
+    """A finite real number, NumPy's scalars among them, as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{fn}: expected {argument} to be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{fn}: expected {argument} to be finite, got {value}")
+    return float(value)
 
 
 def check_choice(fn: str, argument: str, value: str, choices: Iterable[str]) -> None:
@@ -137,10 +138,50 @@ def check_choice(fn: str, argument: str, value: str, choices: Iterable[str]) -> 
         raise ValueError(f"{fn}: expected {argument} to be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_ignore_index(fn: str, value: int) -> None:
-    """An integer; it may lie outside the classes or name one of them."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{fn}: expected ignore_index to be an int, got {type(value).__name__}")
+def as_int(fn: str, argument: str, value: int) -> int:
+    """An integer, NumPy's scalars among them, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{fn}: expected {argument} to be an int, got {type(value).__name__}")
+    return int(value)
+
+
+def check_inplace(fn: str, student: Tensor, teacher: Tensor) -> None:
+    """Logits that the gradient may be written over: nobody else's values are lost, and none is read after it is gone.
+
+    They are contiguous, computed and no part of a parameter; a teacher beside them in memory is either the very same
+    elements, of which each is read before its place is written, or none of them.
+    """
+    if not student.is_contiguous():
+        raise ValueError(
+            f"{fn}: expected a contiguous student with inplace=True, since the gradient is written over it, "
+            f"got strides {list(student.stride())}"
+        )
+    if student.is_leaf:
+        raise ValueError(
+            f"{fn}: expected logits that a model computed with inplace=True, got a leaf tensor that requires "
+            "grad, whose values would be lost; pass inplace=False"
+        )
+    base = student._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"{fn}: expected logits that a model computed with inplace=True, got a view of a leaf tensor that requires "
+            "grad, whose values would be lost; pass inplace=False"
+        )
+    if not student.numel() or not teacher.numel():
+        return
+    (begin, end), (first, past) = _span(student), _span(teacher)
+    same = teacher.dtype == student.dtype and teacher.shape == student.shape and teacher.is_contiguous()
+    if begin < past and first < end and not (same and begin == first):
+        raise ValueError(
+            f"{fn}: expected a teacher with memory of its own, or of the student's very elements, with inplace=True, "
+            "since the gradient is written over the student; got one that overlaps it in part; pass inplace=False"
+        )
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of a tensor and of the first behind it."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def _dtype(tensor: Tensor) -> str:

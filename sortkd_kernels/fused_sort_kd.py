@@ -5,14 +5,14 @@ The mathematics, and the reasons for it, are in :mod:`sortkd_kernels.reference`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, ops
 
-_CORRECTION = {name: code for code, name in enumerate(checks.CORRECTIONS)}
 _REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {
     "batchmean": checks.REDUCTIONS.index("mean")
 }
@@ -86,10 +86,9 @@ def fused_sort_kd(
         IndexError: on the CPU, a label outside ``[0, C)`` that is not ``ignore_index``.
         RuntimeError: the ``backend`` asked for is not available; the message has the reason.
     """
-    return _loss(
-        "fused_sort_kd", student, teacher, None, target, temperature, correction, False, kd_weight, 1.0, 1.0, ce_weight,
-        standardize, False, class_dim, reduction, ignore_index, inplace, backend, return_parts,
-    )  # fmt: skip
+    options = _options("fused_sort_kd", temperature, correction, kd_weight, 1.0, None, ce_weight, standardize, False,
+                       reduction, ignore_index, return_parts)  # fmt: skip
+    return _loss("fused_sort_kd", student, teacher, None, target, temperature, options, class_dim, inplace, backend)
 
 
 def fused_sort_dkd(
@@ -129,10 +128,10 @@ def fused_sort_dkd(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as in :func:`fused_sort_kd`.
     """
-    return _loss(
-        "fused_sort_dkd", student, teacher, None, target, temperature, correction, True, kd_weight, alpha, beta,
-        ce_weight, standardize, False, class_dim, reduction, ignore_index, inplace, backend, return_parts,
-    )  # fmt: skip
+    checks.as_float("fused_sort_dkd", "beta", beta)  # None would be KD
+    options = _options("fused_sort_dkd", temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, False,
+                       reduction, ignore_index, return_parts)  # fmt: skip
+    return _loss("fused_sort_dkd", student, teacher, None, target, temperature, options, class_dim, inplace, backend)
 
 
 def fused_sort_kd_topk(
@@ -179,12 +178,11 @@ def fused_sort_kd_topk(
         TypeError, ValueError, RuntimeError: as in :func:`fused_sort_kd`.
         IndexError: on the CPU, a label or an index outside ``[0, C)``.
     """
-    checks.check_choice("fused_sort_kd_topk", "tail", tail, checks.TAILS)
-    return _loss(
-        "fused_sort_kd_topk", student, teacher_values, teacher_indices, target, temperature, correction, False,
-        kd_weight, 1.0, 1.0, ce_weight, False, tail == "uniform", -1, reduction, ignore_index, inplace, backend,
-        return_parts,
-    )  # fmt: skip
+    fn = "fused_sort_kd_topk"
+    checks.check_choice(fn, "tail", tail, checks.TAILS)
+    options = _options(fn, temperature, correction, kd_weight, 1.0, None, ce_weight, False, tail == "uniform",
+                       reduction, ignore_index, return_parts)  # fmt: skip
+    return _loss(fn, student, teacher_values, teacher_indices, target, temperature, options, -1, inplace, backend)
 
 
 def sort_logits(
@@ -212,42 +210,67 @@ def sort_logits(
     checks.check_logits(fn, "teacher", teacher)
     checks.check_frozen(fn, "teacher", teacher)
     checks.check_target(fn, "teacher", teacher, target)
-    checks.check_choice(fn, "correction", correction, _CORRECTION)
-    checks.check_ignore_index(fn, ignore_index)
+    checks.check_choice(fn, "correction", correction, checks.CORRECTIONS)
+    ignore_index = checks.as_int(fn, "ignore_index", ignore_index)
     op = ops.SORT_LOGITS[backends.choose(fn, backend, teacher.device)]
-    return op(teacher, target, _CORRECTION[correction], ignore_index)
+    return op(teacher, target, checks.CORRECTIONS.index(correction), ignore_index)
 
 
 def _loss(
     fn: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
-    temperature: float | Tensor, correction: str, decoupled: bool, kd_weight: float, alpha: float, beta: float,
-    ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: str, ignore_index: int,
-    inplace: bool, backend: str | None, return_parts: bool,
+    temperature: float | Tensor, config: ops.LossConfig, class_dim: int, inplace: bool, backend: str | None,
 ) -> Tensor | SortKDOutput:  # fmt: skip
-    """Every public loss: the same checks, then the backend's op, whose arguments are these without the names."""
+    """Every public loss: check the tensors, view them with their classes last, call the backend."""
     checks.check_logits(fn, "student", student)
     if teacher_indices is None:
         checks.check_teacher(fn, student, teacher)
     else:
         checks.check_top_k(fn, student, teacher, teacher_indices)
     checks.check_target(fn, "student", student, target, class_dim)
-    learned = isinstance(temperature, Tensor)
-    if learned:
-        checks.check_temperature_tensor(fn, temperature, student, target)
-    else:
-        checks.check_temperature(fn, temperature)
-    checks.check_number(fn, "kd_weight", kd_weight)
-    checks.check_number(fn, "ce_weight", ce_weight)
-    if decoupled:
-        checks.check_number(fn, "alpha", alpha)
-        checks.check_number(fn, "beta", beta)
-    checks.check_choice(fn, "correction", correction, _CORRECTION)
+    learned = temperature if isinstance(temperature, Tensor) else None
+    if learned is not None:
+        checks.check_temperature_tensor(fn, learned, student, target)
+    inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if inplace:
+        checks.check_inplace(fn, student, teacher)
+    if class_dim != -1:
+        student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
+    loss = ops.LOSS[backends.choose(fn, backend, student.device)]
+    parts = loss(student, teacher, teacher_indices, target, learned, config, inplace)
+    return SortKDOutput(*parts) if config.parts else parts[0]
+
+
+def _options(fn: str, temperature: float | Tensor, correction: str, *others: Any) -> ops.LossConfig:
+    number = 1.0 if isinstance(temperature, Tensor) else temperature
+    if torch.compiler.is_compiling():
+        return _checked_options(fn, number, correction, *others)
+    try:
+        return _remembered_options(fn, number, correction, *others)
+    except TypeError:  # of an argument that cannot be hashed, the checks have better words
+        return _checked_options(fn, number, correction, *others)
+
+
+def _checked_options(
+    fn: str, temperature: float, correction: str, kd_weight: float, alpha: float, beta: float | None, ce_weight: float,
+    standardize: bool, uniform_tail: bool, reduction: str, ignore_index: int, parts: bool,
+) -> ops.LossConfig:  # fmt: skip
+    checks.check_choice(fn, "correction", correction, checks.CORRECTIONS)
     checks.check_choice(fn, "reduction", reduction, _REDUCTION)
-    checks.check_ignore_index(fn, ignore_index)
-    table = ops.LOSS_IN_GRAPH if torch.compiler.is_compiling() else ops.LOSS
-    output = table[backends.choose(fn, backend, student.device)](
-        student, teacher, teacher_indices, target, temperature if learned else None, 1.0 if learned else temperature,
-        _CORRECTION[correction], decoupled, kd_weight, alpha, beta, ce_weight, standardize, uniform_tail, class_dim,
-        _REDUCTION[reduction], ignore_index, return_parts, inplace,
-    )  # fmt: skip
-    return SortKDOutput(*output) if return_parts else output[0]
+    return ops.LossConfig(
+        temperature=checks.as_temperature(fn, temperature),
+        correction=checks.CORRECTIONS.index(correction),
+        kd_weight=checks.as_float(fn, "kd_weight", kd_weight),
+        alpha=checks.as_float(fn, "alpha", alpha),
+        beta=None if beta is None else checks.as_float(fn, "beta", beta),
+        ce_weight=checks.as_float(fn, "ce_weight", ce_weight),
+        standardize=bool(standardize),
+        uniform_tail=uniform_tail,
+        reduction=_REDUCTION[reduction],
+        ignore_index=checks.as_int(fn, "ignore_index", ignore_index),
+        parts=bool(parts),
+    )
+
+
+# The options seldom change from call to call, and checking them takes as long as the kernel at 64 x 100. `typed`: 1 and
+# True are equal, and only one of them is a number.
+_remembered_options = functools.lru_cache(maxsize=256, typed=True)(_checked_options)

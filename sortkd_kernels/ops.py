@@ -1,72 +1,147 @@
-"""The ops of each backend under one signature, their fake kernels, and the reference wrapped into the same shape.
-
-Signature of a loss op (the C++ schema in `csrc/ops.cpp` is the same):
-`(student, teacher, teacher_indices, target, temperature_tensor, temperature, correction, decoupled, kd_weight, alpha,
-beta, ce_weight, standardize, uniform_tail, class_dim, reduction, ignore_index, parts, inplace)
--> (loss, kd, ce, rank)`.
-"""
+"""The op of each backend under one schema, with one fake kernel, and the options of a loss as one tuple."""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
+from . import autograd, backends, checks, reference
+
+
+class LossConfig(NamedTuple):
+    """The options of a loss, the same for every row of a call; `csrc/loss_config.h` is its other spelling.
+
+    Attributes:
+        temperature: of every row, where no tensor holds it.
+        correction: the place in ``checks.CORRECTIONS``.
+        kd_weight, ce_weight: the weights of the two terms.
+        alpha, beta: the weights of DKD's terms; KD where ``beta`` is None.
+        standardize: LSKD's z-score of both sides.
+        uniform_tail: what a top-k teacher leaves out is spread evenly over the absent classes.
+        reduction: the place in ``checks.REDUCTIONS``.
+        ignore_index: rows with this label take no part.
+        parts: the terms and the rank are wanted beside the loss.
+    """
+
+    temperature: float = 1.0
+    correction: int = 1
+    kd_weight: float = 1.0
+    alpha: float = 1.0
+    beta: float | None = None
+    ce_weight: float = 0.0
+    standardize: bool = False
+    uniform_tail: bool = False
+    reduction: int = 2
+    ignore_index: int = -100
+    parts: bool = False
+
+    @property
+    def with_ce(self) -> bool:
+        return self.parts or self.ce_weight != 0
+
+    def beta_of(self, C: int) -> float:
+        """One class beside the label is no distribution to match: without this, NCKD would be the rounding of 0."""
+        return self.beta if self.beta is not None and C > 2 else 0.0
+
+
+_TYPES = {float: "float", int: "int", bool: "bool", float | None: "float?"}
+_OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(LossConfig).items())
+# Logits [..., C] with any strides, row tensors [...]. The results: loss, kd, ce, rank, the student's gradient with the
+# strides of torch.empty_like(student), the temperature's gradient [N]; of what is not asked for, an empty tensor.
+SCHEMA = (
+    "(Tensor student, Tensor teacher, Tensor? teacher_indices, Tensor target, Tensor? temperature_tensor, "
+    f"{_OPTIONS}, Tensor? grad_output, bool grad_student, bool grad_temperature) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+SORT_SCHEMA = "(Tensor teacher, Tensor target, int correction, int ignore_index) -> Tensor"
+
+
+def define(namespace: str, suffix: str = "") -> torch.library.Library:
+    """Define a backend's two ops, with their fake kernels; the caller keeps the library, and with it the ops."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name, schema, fake in (("sort_kd_forward", SCHEMA, _fake_forward), ("sort_logits", SORT_SCHEMA, _fake_sort)):
+        library.define(name + suffix + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}{suffix}", fake, lib=library)
+    return library
+
+
+def arithmetic(*logits: Tensor) -> torch.dtype:
+    """The dtype that losses are computed and returned in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+
+
+def _fake_forward(
+    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *options, _, grad_student, grad_temperature = arguments
+    config, work = LossConfig(*options), arithmetic(student, teacher)
+    shape = target.shape if checks.REDUCTIONS[config.reduction] == "none" else ()
+    part = shape if config.parts else 0
+    return (
+        student.new_empty(shape, dtype=work),
+        student.new_empty(part, dtype=work),
+        student.new_empty(part, dtype=work),
+        student.new_empty(target.shape if config.parts else 0, dtype=torch.int32),
+        torch.empty_like(student) if grad_student else student.new_empty(0),
+        student.new_empty(target.numel() if grad_temperature else 0, dtype=work),
+    )
+
+
+def _fake_sort(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(teacher, memory_format=torch.contiguous_format)
 
 
 def reference_loss(
-    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
-    temperature_tensor: Tensor | None, temperature: float, correction: int, decoupled: bool, kd_weight: float,
-    alpha: float, beta: float, ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: int,
-    ignore_index: int, parts: bool, inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature: Tensor | None,
+    config: LossConfig, inplace: bool,
+) -> autograd.Parts:  # fmt: skip
     """:func:`reference.loss_rows` as a backend: any layout, arithmetic in float32 or float64, reduced."""
-    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    classes = student.shape[class_dim]
-    rows = target.reshape(-1)
-    _check_labels("target", rows, classes, ignore_index)
-    if temperature_tensor is not None:
-        scale = temperature_tensor.to(work)
-        scale = scale.reshape(-1) if scale.dim() else scale
-    if teacher_indices is None:
-        full = teacher.movedim(class_dim, -1).reshape(-1, classes).to(work)
-    else:
-        k = teacher.shape[-1]
-        _check_labels("teacher_indices", teacher_indices.reshape(-1), classes)
-        full = reference.densify_top_k(
-            teacher.reshape(-1, k).to(work), teacher_indices.reshape(-1, k), classes, uniform_tail
-        )
+    work, classes, rows = arithmetic(student, teacher), student.shape[-1], target.reshape(-1)
+    check_labels("target", rows, classes, config.ignore_index)
+    full = teacher.reshape(-1, teacher.shape[-1]).to(work)
+    if teacher_indices is not None:
+        indices = teacher_indices.reshape(full.shape)
+        check_labels("teacher_indices", indices, classes)
+        full = reference.densify_top_k(full, indices, classes, config.uniform_tail)
+    scale: Tensor | float = config.temperature
+    if temperature is not None:
+        scale = temperature.to(work).reshape(-1 if temperature.dim() else ())
     kd, ce, rank = reference.loss_rows(
-        student.movedim(class_dim, -1).reshape(-1, classes).to(work),
-        full,
-        rows,
-        temperature=temperature if temperature_tensor is None else scale,
-        correction=checks.CORRECTIONS[correction],
-        decoupled=decoupled,
-        alpha=alpha,
-        beta=beta,
-        standardized=standardize,
-        ignore_index=ignore_index,
-    )
-    weighted = kd_weight * kd + ce_weight * ce if ce_weight else kd_weight * kd  # 0 * inf is not 0
+        student.reshape(-1, classes).to(work), full, rows, temperature=scale,
+        correction=checks.CORRECTIONS[config.correction], alpha=config.alpha, beta=config.beta,
+        standardized=config.standardize, ignore_index=config.ignore_index,
+    )  # fmt: skip
+    weighted = config.kd_weight * kd
+    if config.ce_weight:  # 0 * inf is not 0
+        weighted = weighted + config.ce_weight * ce
     # The parts have sums of their own: where a weight is 1, torch.compile would make loss and part one detached tensor.
-    loss, kd_part, ce_part = (
-        reduce_rows(x, rows, reduction, ignore_index, target.shape) for x in (weighted, kd.detach(), ce.detach())
-    )
-    return loss, kd_part, ce_part, rank.reshape(target.shape)
+    loss, kd, ce = (_reduced(x, target, config) for x in (weighted, kd.detach(), ce.detach()))
+    return loss, kd, ce, rank.reshape(target.shape)
 
 
-def reduce_rows(values: Tensor, target: Tensor, reduction: int, ignore_index: int, shape: torch.Size) -> Tensor:
-    """Reduce row values ``[N]`` as the loss is reduced: the mean is over the rows that count."""
-    if checks.REDUCTIONS[reduction] == "none":
-        return values.reshape(shape)
+def _reduced(values: Tensor, target: Tensor, config: LossConfig) -> Tensor:
+    reduction = checks.REDUCTIONS[config.reduction]
+    if reduction == "none":
+        return values.reshape(target.shape)
     total = values.sum()
-    return total if checks.REDUCTIONS[reduction] == "sum" else total / (target != ignore_index).sum()
+    return total if reduction == "sum" else total / (target != config.ignore_index).sum()
 
 
-def _check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
+    """:func:`reference.correct_logits` as a backend."""
+    rows, labels = teacher.reshape(-1, teacher.shape[-1]), target.reshape(-1)
+    check_labels("target", labels, teacher.shape[-1], ignore_index)
+    counts = labels != ignore_index
+    corrected = reference.correct_logits(rows, torch.where(counts, labels, 0), checks.CORRECTIONS[correction])
+    return torch.where(counts.unsqueeze(-1), corrected, rows).reshape(teacher.shape)
+
+
+def check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
     """As the native kernels: on the CPU, where looking at a value costs nothing, a bad label is an IndexError."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -77,75 +152,67 @@ def _check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int
         row = int(wrong.nonzero()[0, 0])
         ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
         raise IndexError(
-            f"sortkd_kernels: expected {argument} in [0, {classes}){ignored}, got {int(labels[row])} in row {row}"
+            f"sortkd_kernels: expected {argument} in [0, {classes}){ignored}, got {int(labels[wrong][0])} in row {row}"
         )
 
 
-def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
-    """:func:`reference.correct_logits` as a backend."""
-    rows, labels = teacher.reshape(-1, teacher.shape[-1]), target.reshape(-1)
-    _check_labels("target", labels, teacher.shape[-1], ignore_index)
-    counts = labels != ignore_index
-    corrected = reference.correct_logits(rows, torch.where(counts, labels, 0), checks.CORRECTIONS[correction])
-    return torch.where(counts.unsqueeze(-1), corrected, rows).reshape(teacher.shape)
-
-
-LOSS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {"reference": reference_loss}
-LOSS_IN_GRAPH = dict(LOSS)
+# By backend, `(student, teacher, teacher_indices, target, temperature, config, inplace) -> (loss, kd, ce, rank)` ...
+LOSS: dict[str, Callable[..., autograd.Parts]] = {"reference": reference_loss}
+# ... and `(teacher, target, correction, ignore_index) -> corrected`.
 SORT_LOGITS: dict[str, Callable[..., Tensor]] = {"reference": reference_sort_logits}
 
 
-def _fake_forward(
-    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
-    temperature_tensor: Tensor | None, temperature: float, correction: int, decoupled: bool, kd_weight: float,
-    alpha: float, beta: float, ce_weight: float, standardize: bool, uniform_tail: bool, class_dim: int, reduction: int,
-    ignore_index: int, parts: bool, upstream: Tensor | None, grad_student: bool, grad_temperature: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    shape = target.shape if checks.REDUCTIONS[reduction] == "none" else ()
-    part = shape if parts else 0
-    return (
-        student.new_empty(shape, dtype=work),
-        student.new_empty(part, dtype=work),
-        student.new_empty(part, dtype=work),
-        student.new_empty(target.shape if parts else 0, dtype=torch.int32),
-        _like_rows(student, class_dim) if grad_student else student.new_empty(0),
-        student.new_empty(target.numel() if grad_temperature else 0, dtype=work),
-    )
+def register_native(name: str, extension: Any, namespace: str) -> None:
+    """Enter a compiled extension, whose kernels are registered in ``namespace``, as a backend."""
+    ops = getattr(torch.ops, namespace)
+    kernels = autograd.Kernels(ops.sort_kd_forward.default)
+
+    def loss(*arguments: Any) -> autograd.Parts:
+        # In C++ where the tensors have values: the dispatcher and Python's autograd cost more than 64 x 100 logits.
+        parts = None if torch.compiler.is_compiling() else extension.eager_loss(*arguments)
+        return autograd.loss(kernels, *arguments) if parts is None else parts
+
+    LOSS[name], SORT_LOGITS[name] = loss, ops.sort_logits.default
 
 
-def _like_rows(student: Tensor, class_dim: int) -> Tensor:
-    """The gradient's layout: rows where the student has its classes innermost in memory, contiguous otherwise."""
-    moved = student.movedim(class_dim, -1)
-    if moved.is_contiguous():
-        return torch.empty_like(moved, memory_format=torch.contiguous_format).movedim(-1, class_dim)
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
+_LIBRARIES = [define("sortkd_kernels")]
 if backends.available_backends()["native"].available:
-    torch.library.register_fake("sortkd_kernels::sort_kd_forward")(_fake_forward)
-    torch.library.register_fake("sortkd_kernels::sort_logits")(
-        lambda teacher, target, correction, ignore_index: torch.empty_like(
-            teacher, memory_format=torch.contiguous_format
-        )
-    )
-
-    # The op for a graph; outside of one the same without the dispatcher's argument parser.
-    LOSS_IN_GRAPH["native"] = torch.ops.sortkd_kernels.sort_kd_loss.default
-    LOSS["native"] = backends.extension().sort_kd_loss
-    SORT_LOGITS["native"] = torch.ops.sortkd_kernels.sort_logits.default
+    register_native("native", backends.extension(), "sortkd_kernels")
 
 if backends.available_backends()["triton"].available:
-    # Imported at the first call: triton takes half a second, which a CPU user never needs to spend.
-    def _triton_loss(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from . import triton_ops
+    _LIBRARIES.append(define("sortkd_kernels", "_triton"))
 
-        return triton_ops.loss(*arguments)
+    def _triton() -> Any:
+        """Imported at the first call: it takes half a second, which a CPU user never needs to spend."""
+        from .backends import triton
 
-    def _triton_sort_logits(*arguments: object) -> Tensor:
-        from . import triton_ops
+        return triton
 
-        return triton_ops.sort_logits(*arguments)
+    def _triton_forward(
+        student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature: Tensor | None,
+        config: LossConfig, *request: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        check_labels("target", target, student.shape[-1], config.ignore_index)
+        if teacher_indices is not None:
+            check_labels("teacher_indices", teacher_indices, student.shape[-1])
+        return _triton().loss_forward(student, teacher, teacher_indices, target, temperature, config, *request)
 
-    LOSS["triton"] = LOSS_IN_GRAPH["triton"] = _triton_loss
-    SORT_LOGITS["triton"] = _triton_sort_logits
+    def _triton_op(*arguments: Any) -> tuple[Tensor, ...]:
+        return _triton_forward(*arguments[:5], LossConfig(*arguments[5:-3]), *arguments[-3:])
+
+    def _triton_scale(grad: Tensor, grad_output: Tensor) -> Tensor:
+        return _triton().scale_gradient(grad, grad_output)
+
+    def _triton_sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
+        check_labels("target", target, teacher.shape[-1], ignore_index)
+        return _triton().sort_logits(teacher, target, correction, ignore_index)
+
+    _LIBRARIES[-1].impl("sort_kd_forward_triton", _triton_op, "CompositeExplicitAutograd")
+    _LIBRARIES[-1].impl("sort_logits_triton", _triton_sort_logits, "CompositeExplicitAutograd")
+    _TRITON = autograd.Kernels(torch.ops.sortkd_kernels.sort_kd_forward_triton.default, _triton_forward, _triton_scale)
+
+    def _triton_loss(*arguments: Any) -> autograd.Parts:
+        return autograd.loss(_TRITON, *arguments)
+
+    LOSS["triton"] = _triton_loss
+    SORT_LOGITS["triton"] = torch.ops.sortkd_kernels.sort_logits_triton.default

@@ -32,8 +32,11 @@ first replaced by ``(x - mean) / (1e-7 + std)`` over the classes, ``std`` with `
 ``d u / d s = 1/T``, ``d KD / d s = T (q - p)``. For DKD, with ``q^ = q_i / (1 - q_y)`` and ``p^`` alike, ``i != y``:
 ``d DKD / d s_y = alpha T (q_y - p_y)`` and ``d DKD / d s_i = T ((beta - alpha (q_y - p_y)) q^_i - beta p^_i)``.
 
-Pinned rules: ties among teacher logits rank the lower class index first; NaN anywhere in a row makes that row NaN and
-no other; a row whose target is ``ignore_index`` has loss 0, gradient 0 and does not count in the mean.
+Pinned rules: where the teacher leaves nothing beside the label (all other logits at -inf) there is nothing to match
+there, and NCKD and its gradient are 0; where only the student has nothing there, the loss is infinite. A term of weight
+0 takes no part, infinite or not. Ties among teacher logits rank the lower class index first; NaN anywhere in a row
+makes that row NaN and no other; a row whose target is ``ignore_index`` has loss 0, gradient 0 and does not count in
+the mean.
 """
 
 from __future__ import annotations
@@ -90,19 +93,24 @@ def dkd_rows(
     student: Tensor, corrected: Tensor, target: Tensor, temperature: Tensor, alpha: float, beta: float
 ) -> Tensor:
     """``alpha TCKD + beta NCKD`` of each row, ``[N]`` (DKD, equation 7), in log space throughout."""
-    log_p, log_q = _log_softmax(corrected, temperature), _log_softmax(student, temperature)
-    label = F.one_hot(target, student.shape[-1]).bool()
-    others_p = torch.logsumexp(log_p.masked_fill(label, -torch.inf), -1, keepdim=True)
-    others_q = torch.logsumexp(log_q.masked_fill(label, -torch.inf), -1, keepdim=True)
-    at_label = target.unsqueeze(-1)
-    tckd = _kl(
-        torch.cat([log_p.gather(-1, at_label), others_p], -1), torch.cat([log_q.gather(-1, at_label), others_q], -1)
-    )
-    if student.shape[-1] == 1:
-        return alpha * temperature**2 * tckd
-    without_p = (log_p - others_p).masked_fill(label, -torch.inf)
-    without_q = (log_q - others_q).masked_fill(label, -torch.inf)
-    return temperature**2 * (alpha * tckd + beta * _kl(without_p, without_q))
+    log_p, others_p, without_p = _around_label(corrected, target, temperature)
+    log_q, others_q, without_q = _around_label(student, target, temperature)
+    tckd = _kl(torch.stack([log_p, others_p], -1), torch.stack([log_q, others_q], -1))
+    return temperature**2 * (_weighted(alpha, tckd) + _weighted(beta, _kl(without_p, without_q)))
+
+
+def _around_label(logits: Tensor, target: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``log p_y`` and ``log(1 - p_y)``, ``[N]``, and the log-softmax of the others, ``[N, C]``, -inf at the label.
+
+    Where all other classes are at -inf, they have no distribution: their entries are -inf too.
+    """
+    scaled = _scaled(logits, temperature)
+    others = scaled.masked_fill(F.one_hot(target, logits.shape[-1]).bool(), -torch.inf)
+    none = (others == -torch.inf).all(-1, keepdim=True)
+    total = torch.logsumexp(others.masked_fill(none, 0.0), -1, keepdim=True)
+    of_label = scaled.gather(-1, target.unsqueeze(-1))
+    pair = F.log_softmax(torch.cat([of_label, total.masked_fill(none, -torch.inf)], -1), -1)
+    return pair[..., 0], pair[..., 1], others - total
 
 
 def loss_rows(
@@ -112,9 +120,8 @@ def loss_rows(
     *,
     temperature: Tensor | float = 4.0,
     correction: str = "sort",
-    decoupled: bool = False,
     alpha: float = 1.0,
-    beta: float = 8.0,
+    beta: float | None = None,
     standardized: bool = False,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +131,7 @@ def loss_rows(
         student, teacher: logits ``[N, C]`` of one float dtype.
         target: labels ``[N]``, int64.
         temperature: a float, a 0-d tensor, or one value a row ``[N]``.
-        decoupled: DKD with ``alpha`` and ``beta`` instead of KD.
+        alpha, beta: the weights of DKD's terms; KD where ``beta`` is None.
         standardized: LSKD's z-score of both sides.
     Returns:
         ``kd``, ``ce`` (floats ``[N]``, differentiable in student and temperature) and ``rank`` (int32 ``[N]``).
@@ -140,7 +147,7 @@ def loss_rows(
     rank = rank_of_label(teacher, label)
     s = standardize(student) if standardized else student
     corrected = standardize(corrected) if standardized else corrected
-    kd = dkd_rows(s, corrected, label, t, alpha, beta) if decoupled else kd_rows(s, corrected, t)
+    kd = kd_rows(s, corrected, t) if beta is None else dkd_rows(s, corrected, label, t, alpha, beta)
     ce = F.cross_entropy(student, label, reduction="none")
     zero = torch.zeros_like(ce)
     return torch.where(counts, kd, zero), torch.where(counts, ce, zero), rank
@@ -161,14 +168,22 @@ def densify_top_k(values: Tensor, indices: Tensor, classes: int, uniform_tail: b
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    return F.log_softmax(_scaled(logits, temperature), -1)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
     # -inf stays -inf at any temperature; differentiated by it, the quotient would give 0 * inf.
     t, never = temperature.unsqueeze(-1), logits == -torch.inf
-    return F.log_softmax(torch.where(never, logits / t.detach(), torch.where(never, 0.0, logits) / t), -1)
+    return torch.where(never, logits / t.detach(), torch.where(never, 0.0, logits) / t)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    return weight * (term if weight else term.masked_fill(term.isinf(), 0.0))
 
 
 def _nan_rows(result: Tensor, teacher: Tensor) -> Tensor:

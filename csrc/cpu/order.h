@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "../launch.h"
+#include "../row_math.h"
 #include "row.h"
 
 namespace sortkd {
@@ -22,20 +22,6 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kMaxInsertion = 12;
 constexpr int64_t kMaxCounting = 192;
 constexpr int kDigit = 9;
-
-// An order-preserving unsigned image of a float: larger value, smaller key.
-inline uint32_t descending_key(float x) {
-  uint32_t bits;
-  x += 0.0f;  // -0 and +0 are equal
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
-}
-inline uint64_t descending_key(double x) {
-  uint64_t bits;
-  x += 0.0;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits & 0x8000000000000000ull ? bits : ~bits & 0x7fffffffffffffffull;
-}
 
 template <typename T>
 struct Above {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "../row_math.h"
 #include "simd.h"
 
 namespace sortkd {
@@ -137,15 +138,10 @@ inline bool has_nan(const T* row, int64_t C) {
   return sum_of(seen) > T(0);
 }
 
-template <typename T>
-struct Moments {
-  T mean, std;
-};
-
 // Mean and unbiased standard deviation of two rows at once. The values are taken relative to the row's first, so that a
 // constant row has a standard deviation of exactly 0.
 template <typename T>
-inline std::pair<Moments<T>, Moments<T>> moments_of(const T* a, const T* b, int64_t C) {
+inline std::pair<MeanStd<T>, MeanStd<T>> mean_std_of(const T* a, const T* b, int64_t C) {
   using V = Vec<T>;
   const T n = static_cast<T>(C), filled = static_cast<T>((V::size() - C % V::size()) % V::size());
   const int64_t whole = C / V::size() * V::size();
@@ -164,11 +160,11 @@ inline std::pair<Moments<T>, Moments<T>> moments_of(const T* a, const T* b, int6
     squares_a[k] = at::vec::fmadd(d_a, d_a, squares_a[k]);
     squares_b[k] = at::vec::fmadd(d_b, d_b, squares_b[k]);
   });
-  const auto deviation = [&](const V* squares, T offset) {
+  const auto std_of = [&](const V* squares, T offset) {
     const T total = sum_of(squares[0] + squares[1]) - filled * offset * offset;  // the filling's own share
     return C > 1 && total > T(0) ? std::sqrt(total / (n - T(1))) : total - total;  // 0, or NaN for a row with one
   };
-  return {{a[0] + offset_a, deviation(squares_a, offset_a)}, {b[0] + offset_b, deviation(squares_b, offset_b)}};
+  return {{a[0] + offset_a, std_of(squares_a, offset_a)}, {b[0] + offset_b, std_of(squares_b, offset_b)}};
 }
 
 }  // namespace CPU_CAPABILITY

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../row_math.h"
 #include "simd.h"
 
 namespace sortkd {
@@ -86,17 +87,13 @@ inline void store_tile(const T* rows, int64_t pitch, int64_t C, int64_t inner, i
     for (int64_t r = 0; r < count; ++r) x[c * inner + r] = static_cast<X>(rows[r * pitch + c]);
 }
 
-// What an absent class of a top-k teacher holds: an equal share of the mass that the k leave (`uniform`, the values being
-// log-probabilities), or nothing.
+// What the absent classes of a top-k teacher hold: see tail_logit.
 template <typename X, typename T>
 inline T tail_of(const X* values, int64_t k, int64_t C, bool uniform) {
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  if (!uniform || k == C) return kLowest;
   double mass = 0;
-  for (int64_t j = 0; j < k; ++j) mass += std::exp(static_cast<double>(values[j]));
-  if (std::isnan(mass)) return std::numeric_limits<T>::quiet_NaN();
-  // Rounding may leave a hair above 1: then nothing is left for the tail.
-  return mass < 1 ? static_cast<T>(std::log((1 - mass) / static_cast<double>(C - k))) : kLowest;
+  if (uniform)
+    for (int64_t j = 0; j < k; ++j) mass += std::exp(static_cast<double>(values[j]));
+  return tail_logit<T>(uniform, mass, C - k);
 }
 
 // The whole row that a top-k teacher stands for.

@@ -13,14 +13,14 @@
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
 
-// How the student's exponential at temperature 1 is had, for the cross-entropy: not at all; as a power of the one at T, for
+// How the cross-entropy comes by the student's exponential at temperature 1: not at all; as a power of the one at T, for
 // exp(s) = exp(s/4)^4; or by an exponential of its own.
-enum class Plain { None, Power1, Power2, Power4, Own };
+enum class CeExp { None, Power1, Power2, Power4, Own };
 
 template <typename T>
 struct Exponents {
   T student, teacher;  // log2(e) times the inverse temperature of the side
-  T plain;             // from the student's v to its v at temperature 1
+  T ce;                // from the student's v to its v at temperature 1
 };
 
 // What the caches are to fetch while a row is computed: what comes next of each side, and where this row's gradient will be
@@ -32,27 +32,24 @@ struct Ahead {
   int64_t grad_bytes;
 };
 
-template <Plain plain, typename T>
-inline Vec<T> plain_exp(const Vec<T>& e, const Vec<T>& v, T to_plain) {
-  if constexpr (plain == Plain::Power1) return e;
-  if constexpr (plain == Plain::Power2) return e * e;
-  if constexpr (plain == Plain::Power4) return (e * e) * (e * e);
-  return exp2(v * Vec<T>(to_plain));
+template <CeExp ce_exp, typename T>
+inline Vec<T> exp_at_1(const Vec<T>& e, const Vec<T>& v, T to_ce) {
+  if constexpr (ce_exp == CeExp::Power1) return e;
+  if constexpr (ce_exp == CeExp::Power2) return e * e;
+  if constexpr (ce_exp == CeExp::Power4) return (e * e) * (e * e);
+  return exp2(v * Vec<T>(to_ce));
 }
-
-constexpr double kLn2 = 0.693147180559945309417;
-constexpr double kLog2e = 1.44269504088896340736;
 
 template <typename T>
 struct VectorSums {
   using V = Vec<T>;
-  V student{T(0)}, teacher{T(0)}, cross{T(0)}, plain{T(0)};
+  V student{T(0)}, teacher{T(0)}, cross{T(0)}, ce{T(0)};
   V moment_student{T(0)}, moment_teacher{T(0)}, moment_cross{T(0)};
   VectorSums& operator+=(const VectorSums& x) {
     student = student + x.student;
     teacher = teacher + x.teacher;
     cross = cross + x.cross;
-    plain = plain + x.plain;
+    ce = ce + x.ce;
     moment_student = moment_student + x.moment_student;
     moment_teacher = moment_teacher + x.moment_teacher;
     moment_cross = moment_cross + x.moment_cross;
@@ -60,23 +57,40 @@ struct VectorSums {
   }
 };
 
+// The type of a row's sums: those of `moments` end in differences of nearly equal terms.
+template <typename T, bool moments>
+using SumType = std::conditional_t<moments, double, T>;
+
+template <typename T, typename A>
+inline void add_lanes(RowSums<A>& sums, const VectorSums<T>& lanes) {
+  sums.z_student += sum_of(lanes.student);
+  sums.z_teacher += sum_of(lanes.teacher);
+  sums.cross += sum_of(lanes.cross);
+  sums.z_ce += sum_of(lanes.ce);
+  if constexpr (std::is_same_v<A, double>) {
+    sums.moment_student += sum_of(lanes.moment_student);
+    sums.moment_teacher += sum_of(lanes.moment_teacher);
+    sums.moment_cross += sum_of(lanes.moment_cross);
+  }
+}
+
 // Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums.
-template <typename T, Plain plain, bool moments, bool sparse>
-inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
+template <typename T, CeExp ce_exp, bool moments, bool sparse>
+inline RowSums<SumType<T, moments>> exponentiate(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
                                const Ahead& ahead) {
   using V = Vec<T>;
   // Copies: as far as the compiler knows, a stored exponential may overwrite anything that it has to be fetched from.
   const T *const logits_s = student.logits, *const logits_t = teacher.logits;
   T *const exps_s = student.exps, *const exps_t = teacher.exps;
   const Exponent<T, moments> exponent_s{student.reference, scale.student}, exponent_t{teacher.reference, scale.teacher};
-  const T to_plain = scale.plain;
+  const T to_ce = scale.ce;
   const Ahead fetch = ahead;
   const auto add = [&](VectorSums<T>& sums, const V& v_s, const V& e_s, const V& v_t, const V& e_t) {
     sums.student = sums.student + e_s;
     sums.teacher = sums.teacher + e_t;
     const V gap = v_t - v_s;
     sums.cross = add_nonzero(sums.cross, e_t, gap);
-    if constexpr (plain != Plain::None) sums.plain = sums.plain + plain_exp<plain>(e_s, v_s, to_plain);
+    if constexpr (ce_exp != CeExp::None) sums.ce = sums.ce + exp_at_1<ce_exp>(e_s, v_s, to_ce);
     if constexpr (moments) {
       sums.moment_student = add_nonzero(sums.moment_student, e_s, v_s);
       sums.moment_teacher = add_nonzero(sums.moment_teacher, e_t, v_t);
@@ -89,6 +103,7 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, con
     return e;
   };
   const V v_tail = sparse ? exponent_t(V(teacher.tail)) : V(T(0)), e_tail = exp2(v_tail);
+  RowSums<SumType<T, moments>> sums{};
   VectorSums<T> total;
   for_runs<T>(
       student.C, teacher.breaks,
@@ -96,7 +111,7 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, con
         // Sums of short blocks first: a running sum over 10^5 terms would lose five digits.
         for (int64_t block = begin; block < end; block += 64 * V::size()) {
           const int64_t block_end = std::min(block + 64 * V::size(), end);
-          VectorSums<T> sums;
+          VectorSums<T> of_block;
           for (int64_t i = block; i < block_end; i += V::size()) {
             prefetch(fetch.student + i * fetch.student_bytes);
             if constexpr (!sparse) prefetch(fetch.teacher + i * fetch.teacher_bytes);
@@ -104,13 +119,16 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, con
             const V v_s = exponent_s(V::loadu(logits_s + i));
             const V e_s = exponential(v_s, exps_s + i);
             if constexpr (sparse) {
-              add(sums, v_s, e_s, v_tail, e_tail);
+              add(of_block, v_s, e_s, v_tail, e_tail);
             } else {
               const V v_t = exponent_t(V::loadu(logits_t + i));
-              add(sums, v_s, e_s, v_t, exponential(v_t, exps_t + i));
+              add(of_block, v_s, e_s, v_t, exponential(v_t, exps_t + i));
             }
           }
-          total += sums;
+          if constexpr (moments)
+            add_lanes(sums, of_block);
+          else
+            total += of_block;
         }
       },
       [&](int64_t i) {
@@ -118,21 +136,15 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, con
         const V v_t = exponent_t(load_others(teacher, i));
         add(total, v_s, exponential(v_s, exps_s + i), v_t, exponential(v_t, exps_t + i));
       });
-  const T ln2 = static_cast<T>(kLn2);
-  RowSums<T> sums{};
-  sums.z_student = sum_of(total.student);
-  sums.z_teacher = sum_of(total.teacher);
-  sums.cross = sum_of(total.cross) * ln2;
-  sums.v_label_student = exponent_s(student.label_value) * ln2;
-  sums.v_label_teacher = exponent_t(teacher.label_value) * ln2;
-  if constexpr (plain != Plain::None) {
-    sums.z_plain = sum_of(total.plain);
-    sums.v_label_plain = sums.v_label_student * to_plain;
-  }
+  add_lanes(sums, total);
+  sums.cross *= kLn2;
+  sums.v_label_student = exponent_s(student.label_value) * kLn2;
+  sums.v_label_teacher = exponent_t(teacher.label_value) * kLn2;
+  if constexpr (ce_exp != CeExp::None) sums.v_label_ce = sums.v_label_student * to_ce;
   if constexpr (moments) {
-    sums.moment_student = sum_of(total.moment_student) * ln2;
-    sums.moment_teacher = sum_of(total.moment_teacher) * ln2;
-    sums.moment_cross = sum_of(total.moment_cross) * (ln2 * ln2);
+    sums.moment_student *= kLn2;
+    sums.moment_teacher *= kLn2;
+    sums.moment_cross *= kLn2 * kLn2;
   }
   return sums;
 }
@@ -141,18 +153,19 @@ inline RowSums<T> exponentiate(const Row<T>& student, const Row<T>& teacher, con
 // to be represented is below its rounding.
 template <typename T>
 inline bool well_scaled(T z) {
-  return z > static_cast<T>(0x1p-80) && z < static_cast<T>(0x1p100);
+  return z > T(0x1p-80) && z < T(0x1p100);
 }
 
 // Exponentials relative to the label's own logits first, which need no search for a maximum: a label is seldom e^55 away from
 // the rest. Where it is, or is infinite, or where sums of squares want small terms (`centred`), relative to the maxima.
-template <typename T, Plain plain, bool moments, bool sparse>
-inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, const Exponents<T>& scale, const Ahead& ahead, bool centred) {
+template <typename T, CeExp ce_exp, bool moments, bool sparse>
+inline RowSums<SumType<T, moments>> row_sums(Row<T>& student, Row<T>& teacher, const Exponents<T>& scale, const Ahead& ahead,
+                                             bool centred) {
   if (!centred && std::isfinite(student.label_value) && std::isfinite(teacher.label_value)) {
     student.reference = student.label_value;
     teacher.reference = teacher.label_value;
-    const RowSums<T> sums = exponentiate<T, plain, moments, sparse>(student, teacher, scale, ahead);
-    if (well_scaled(sums.z_student) && well_scaled(sums.z_teacher) && (plain == Plain::None || well_scaled(sums.z_plain)))
+    const auto sums = exponentiate<T, ce_exp, moments, sparse>(student, teacher, scale, ahead);
+    if (well_scaled(sums.z_student) && well_scaled(sums.z_teacher) && (ce_exp == CeExp::None || well_scaled(sums.z_ce)))
       return sums;
   }
   // A maximum of -infinity has nothing to be relative to, and would turn -infinity into NaN.
@@ -161,32 +174,25 @@ inline RowSums<T> row_sums(Row<T>& student, Row<T>& teacher, const Exponents<T>&
     row->reference = max_of_others(*row);
     if (row->reference == kLowest) row->reference = T(0);
   }
-  return exponentiate<T, plain, moments, sparse>(student, teacher, scale, ahead);
+  return exponentiate<T, ce_exp, moments, sparse>(student, teacher, scale, ahead);
 }
 
-// grad[i] = on_student e_s - on_teacher e_t + on_plain e_1 - along (v_s - v_mean), and the label's entry on its own.
-template <typename T>
-struct Coefficients {
-  T on_student, on_teacher, on_plain, at_label;
-  T along, v_mean;  // the way through the student's standard deviation
-};
-
 // `grad` may be the student's own memory: each logit is read for the last time just before its place is written.
-template <typename T, Plain plain, bool moments, bool sparse>
+template <typename T, CeExp ce_exp, bool moments, bool sparse>
 inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
-                           const Coefficients<T>& c, T* grad) {
+                           const Coefficients<T>& c, T mean_student, T* grad) {
   using V = Vec<T>;
   const T *const logits = student.logits, *const exps_s = student.exps, *const exps_t = teacher.exps;
-  const V on_student(c.on_student), on_teacher(c.on_teacher), on_plain(c.on_plain), along(c.along), v_mean(c.v_mean);
+  const V on_student(c.on_student), on_teacher(c.on_teacher), on_ce(c.on_ce), mean(mean_student), minus_dstd(-c.dstd);
   const Exponent<T, moments> exponent_s{student.reference, scale.student}, exponent_t{teacher.reference, scale.teacher};
-  const T to_plain = scale.plain;
+  const T to_ce = scale.ce;
   const int64_t C = student.C, fetched = is_longer<T>(C, kHugeRowBytes) ? kAhead : 0;
   const auto gradient = [&](const V& e_s, const V& from_teacher, const auto& logit) {
     V g = e_s * on_student - from_teacher;
-    V v;
-    if constexpr (plain == Plain::Own || moments) v = exponent_s(logit());
-    if constexpr (plain != Plain::None) g = at::vec::fmadd(plain_exp<plain>(e_s, v, to_plain), on_plain, g);
-    if constexpr (moments) g = g - along * (v - v_mean);
+    V x;
+    if constexpr (ce_exp == CeExp::Own || moments) x = logit();
+    if constexpr (ce_exp != CeExp::None) g = at::vec::fmadd(exp_at_1<ce_exp>(e_s, exponent_s(x), to_ce), on_ce, g);
+    if constexpr (moments) g = add_nonzero(g, minus_dstd, x - mean);
     return g;
   };
   const V tail = sparse ? exp2(exponent_t(V(teacher.tail))) * on_teacher : V(T(0));

@@ -5,24 +5,25 @@
 
 #include "row_io.h"
 #include "row_loss.h"
+#include "rows.h"
 
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
 
-using c10::ScalarType;
-
 template <typename F>
-inline void with_dtype(ScalarType dtype, F&& f) {
+inline void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{});
-    case ScalarType::Half: return f(c10::Half{});
+    case Dtype::Float: return f(float{});
+    case Dtype::BFloat16: return f(c10::BFloat16{});
+    case Dtype::Half: return f(c10::Half{});
     default: return f(double{});
   }
 }
+template <typename T>
+constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::Double : Dtype::Float;
 
-inline const char* element(const void* base, ScalarType dtype, int64_t index) {
-  return static_cast<const char*>(base) + index * static_cast<int64_t>(c10::elementSize(dtype));
+inline const char* element(const void* base, Dtype dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * bytes_of(dtype);
 }
 
 // Rows are worked on a tile at a time, stage by stage: a row of a hundred classes waits longer for its own logarithms than it
@@ -58,33 +59,34 @@ struct Workspace {
 };
 
 // A row between the stages.
-template <typename T>
+template <typename T, bool moments>
 struct RowState {
   bool counts;
   Row<T> student, teacher;
-  T temperature, inverse;  // inverse: d u / d s without the way through the deviation
-  Moments<T> of_student;
+  T temperature, inverse;  // inverse: d v / d s without the way through the standard deviation
+  MeanStd<T> of_student;
   Exponents<T> scale;
-  RowSums<T> sums;
+  RowSums<SumType<T, moments>> sums;
 };
 
-template <typename T, Plain plain, bool moments>
+template <typename T, CeExp ce_exp, bool moments>
 struct LossRows {
-  const LossArgs& args;
-  const LossOptions& options = args.options;
+  const RowLoop& loop;
+  const LossArgs& args = loop.args;
+  const LossConfig& config = args.config;
   const int64_t C = args.layout.C;
   const int64_t inner = args.layout.inner;
   // The row is read, and its gradient written, where the caller has it.
-  const bool direct_student = inner == 1 && args.student_dtype == c10::CppTypeToScalarType<T>::value;
+  const bool direct_student = inner == 1 && args.student_dtype == kDtype<T>;
   const bool direct_teacher =
-      inner == 1 && args.teacher_dtype == c10::CppTypeToScalarType<T>::value && !args.teacher_indices;
+      inner == 1 && args.teacher_dtype == kDtype<T> && !args.teacher_indices;
 
   // The temperature's gradient is a covariance, which wants small terms.
   const bool centred = args.grad_temperature;
 
   void run(int64_t begin, int64_t end) const {
     Workspace<T> work(args.layout, args.k);
-    RowState<T> rows[kMaxTile];
+    RowState<T, moments> rows[kMaxTile];
     for (int64_t n = begin; n < end;) {
       const int64_t in_block = inner == 1 ? end - n : std::min(end - n, inner - n % inner);
       const int64_t count = std::min(work.tile, in_block);
@@ -100,10 +102,10 @@ struct LossRows {
 
   int64_t offset(int64_t n) const { return inner == 1 ? n * C : n / inner * C * inner + n % inner; }
 
-  void sum(RowState<T>& row, const Ahead& ahead) const {
+  void sum(RowState<T, moments>& row, const Ahead& ahead) const {
     row.sums = row.teacher.sparse
-                   ? row_sums<T, plain, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
-                   : row_sums<T, plain, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
+                   ? row_sums<T, ce_exp, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
+                   : row_sums<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
   }
 
   // While row n is computed, in place r of a tile of `count`. Where there is nothing to fetch the addresses stay on one cached
@@ -114,15 +116,15 @@ struct LossRows {
     if (inner == 1) {
       const int64_t next = is_longer<T>(C, kLongRowBytes) ? n * C + kAhead : (n + count) * C;
       ahead.student = element(args.student, args.student_dtype, next);
-      ahead.student_bytes = c10::elementSize(args.student_dtype);
+      ahead.student_bytes = bytes_of(args.student_dtype);
       if (!args.teacher_indices) {
         ahead.teacher = element(args.teacher, args.teacher_dtype, next);
-        ahead.teacher_bytes = c10::elementSize(args.teacher_dtype);
+        ahead.teacher_bytes = bytes_of(args.teacher_dtype);
       }
     }
     if (args.grad_student && inner == 1 && !is_longer<T>(C, kHugeRowBytes)) {
       ahead.grad = element(args.grad_student, args.student_dtype, n * C);
-      ahead.grad_bytes = c10::elementSize(args.student_dtype);
+      ahead.grad_bytes = bytes_of(args.student_dtype);
     }
     return ahead;
   }
@@ -150,9 +152,9 @@ struct LossRows {
     });
   }
 
-  void prepare(int64_t n, int64_t r, RowState<T>& row, Workspace<T>& work) const {
+  void prepare(int64_t n, int64_t r, RowState<T, moments>& row, Workspace<T>& work) const {
     const int64_t label = args.target[n];
-    row.counts = label != args.ignore_index;
+    row.counts = label != config.ignore_index;
     if (!row.counts) return;
     const int64_t at = r * work.padded;
     const T* student = direct_student ? static_cast<const T*>(args.student) + n * C : work.student + at;
@@ -164,10 +166,12 @@ struct LossRows {
     else
       row.teacher.breaks.count = ordinary_breaks<T>(C, label, breaks);
     row.teacher.label_value = teacher[label];
-    row.temperature = static_cast<const T*>(args.temperature)[n * args.temperature_stride];
+    row.temperature = args.temperature ? static_cast<const T*>(args.temperature)[n * args.temperature_stride]
+                                       : static_cast<T>(config.temperature);
     T inverse_teacher = row.inverse = T(1) / row.temperature;
-    if (options.standardize) {
-      const auto [of_student, of_teacher] = moments_of(student, teacher, C);
+    row.of_student = {};
+    if (config.standardize) {
+      const auto [of_student, of_teacher] = mean_std_of(student, teacher, C);
       row.of_student = of_student;
       row.inverse /= of_student.std + T(kStandardizeEps);
       inverse_teacher /= of_teacher.std + T(kStandardizeEps);
@@ -175,7 +179,7 @@ struct LossRows {
     row.student = {student, work.exp_student + at, C, label, student[label], T(0), row.teacher.breaks, false, T(0)};
     const int64_t rank = rank_of(row.teacher);
     if (args.rank) args.rank[n] = static_cast<int32_t>(rank);
-    correct(row.teacher, work.teacher + at, work.above, options.correction, rank);
+    correct(row.teacher, work.teacher + at, work.above, config.correction, rank);
     const T log2e = static_cast<T>(kLog2e);
     row.scale = {row.inverse * log2e, inverse_teacher * log2e, T(1) / row.inverse};
   }
@@ -185,18 +189,18 @@ struct LossRows {
     with_dtype(args.teacher_dtype, [&](auto tag) {
       const int64_t k = args.k, *indices = args.teacher_indices + n * k;
       const auto* values = static_cast<const decltype(tag)*>(args.teacher) + n * k;
-      row.tail = tail_of<decltype(tag), T>(values, k, C, options.uniform_tail);
+      row.tail = tail_of<decltype(tag), T>(values, k, C, config.uniform_tail);
       row.breaks.count = scatter(values, indices, k, C, row.label, row.tail, scratch, seen, breaks);
-      row.sparse = row.tail <= scratch[row.label] && !options.standardize;
+      row.sparse = row.tail <= scratch[row.label] && !config.standardize;
       if (row.sparse) return;
       densify(values, indices, k, C, row.tail, scratch);
       row.breaks.count = ordinary_breaks<T>(C, row.label, breaks);
     });
   }
 
-  void finish(int64_t n, const RowState<T>& row, T* grad) const {
-    T* kd = static_cast<T*>(args.kd) + n;
-    T* ce = args.ce ? static_cast<T*>(args.ce) + n : nullptr;
+  void finish(int64_t n, const RowState<T, moments>& row, T* grad) const {
+    T* kd = static_cast<T*>(loop.kd) + n;
+    T* ce = loop.ce ? static_cast<T*>(loop.ce) + n : nullptr;
     T* grad_temperature = args.grad_temperature ? static_cast<T*>(args.grad_temperature) + n : nullptr;
     if (!row.counts) {
       *kd = T(0);
@@ -206,61 +210,46 @@ struct LossRows {
       if (grad) std::fill(grad, grad + C, T(0));
       return;
     }
-    // One class beside the label is no distribution to match: without this, NCKD would be the rounding of 0.
-    const T beta = C > 2 ? static_cast<T>(options.beta) : T(0);
-    const RowTerms<T> terms = row_terms(row.sums, row.temperature, options.decoupled, T(options.alpha), beta,
-                                        plain != Plain::None, moments);
-    *kd = terms.kd;
-    if (ce) *ce = terms.ce;
-    const T upstream = static_cast<const T*>(args.upstream)[n * args.upstream_stride];
-    if (grad_temperature) *grad_temperature = upstream * T(options.kd_weight) * terms.grad_temperature;
+    using A = SumType<T, moments>;
+    const RowTerms<A> terms = row_terms<A>(row.sums, row.temperature, config.decoupled(), A(config.alpha), A(config.beta_of(C)),
+                                           ce_exp != CeExp::None, moments);
+    *kd = static_cast<T>(terms.kd);
+    if (ce) *ce = static_cast<T>(terms.ce);
+    const A grad_output =
+        loop.mean_scale * (args.grad_output ? A(static_cast<const T*>(args.grad_output)[n * args.grad_output_stride]) : A(1));
+    if (grad_temperature) *grad_temperature = static_cast<T>(grad_output * A(config.kd_weight) * terms.grad_temperature);
     if (!grad) return;
-    const Coefficients<T> c = coefficients(row, terms, upstream);
+    const MeanStd<A> of_student{row.of_student.mean, row.of_student.std};
+    const Coefficients<A> wide = gradient_coefficients<A>(terms, config, grad_output, row.temperature, row.inverse, A(C),
+                                                          row.student.label_value, of_student);
+    const Coefficients<T> c{T(wide.on_student), T(wide.on_teacher), T(wide.on_ce), T(wide.at_label), T(wide.dstd)};
     if (row.teacher.sparse)
-      write_gradient<T, plain, moments, true>(row.student, row.teacher, row.scale, c, grad);
+      write_gradient<T, ce_exp, moments, true>(row.student, row.teacher, row.scale, c, row.of_student.mean, grad);
     else
-      write_gradient<T, plain, moments, false>(row.student, row.teacher, row.scale, c, grad);
-  }
-
-  // d loss / d s = (T^2 dF/du) (du/ds), and under standardization the way through the student's deviation.
-  Coefficients<T> coefficients(const RowState<T>& row, const RowTerms<T>& terms, T upstream) const {
-    const T kd_scale = upstream * T(options.kd_weight) * row.temperature * row.temperature * row.inverse;
-    const T ce_scale = upstream * T(options.ce_weight);
-    Coefficients<T> c{};
-    c.on_student = kd_scale * terms.on_student;
-    c.on_teacher = kd_scale * terms.on_teacher;
-    c.on_plain = ce_scale * terms.on_plain;
-    c.at_label = kd_scale * terms.at_label + ce_scale * terms.plain_at_label;
-    if (options.standardize && row.of_student.std > T(0)) {
-      const T deviation = row.of_student.std + T(kStandardizeEps);
-      const T along = kd_scale * terms.along_u / (row.inverse * T(C - 1) * row.of_student.std);
-      c.along = along * static_cast<T>(kLn2) / (row.inverse * deviation);  // v counts in bits of u, z in deviations
-      c.v_mean = Exponent<T, moments>{row.student.reference, row.scale.student}(row.of_student.mean);
-      c.at_label -= along * (row.student.label_value - row.of_student.mean) / deviation;
-    }
-    return c;
+      write_gradient<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, c, row.of_student.mean, grad);
   }
 };
 
 template <typename T>
-inline void choose_loss_rows(const LossArgs& args, int64_t begin, int64_t end) {
-  const LossOptions& options = args.options;
+inline void choose_loss_rows(const RowLoop& loop, int64_t begin, int64_t end) {
+  const LossConfig& config = loop.args.config;
   const auto run = [&](auto rows) { rows.run(begin, end); };
-  if (options.standardize || args.grad_temperature)
-    return options.want_ce ? run(LossRows<T, Plain::Own, true>{args}) : run(LossRows<T, Plain::None, true>{args});
-  if (!options.want_ce) return run(LossRows<T, Plain::None, false>{args});
+  if (config.standardize || loop.args.grad_temperature)
+    return config.with_ce() ? run(LossRows<T, CeExp::Own, true>{loop}) : run(LossRows<T, CeExp::None, true>{loop});
+  if (!config.with_ce()) return run(LossRows<T, CeExp::None, false>{loop});
   // Row temperatures differ: no one power fits them.
-  const T temperature = args.temperature_stride ? T(0) : *static_cast<const T*>(args.temperature);
-  if (temperature == T(1)) return run(LossRows<T, Plain::Power1, false>{args});
-  if (temperature == T(2)) return run(LossRows<T, Plain::Power2, false>{args});
-  if (temperature == T(4)) return run(LossRows<T, Plain::Power4, false>{args});
-  run(LossRows<T, Plain::Own, false>{args});
+  double temperature = config.temperature;
+  if (loop.args.temperature) temperature = loop.args.temperature_stride ? 0 : *static_cast<const T*>(loop.args.temperature);
+  if (temperature == 1) return run(LossRows<T, CeExp::Power1, false>{loop});
+  if (temperature == 2) return run(LossRows<T, CeExp::Power2, false>{loop});
+  if (temperature == 4) return run(LossRows<T, CeExp::Power4, false>{loop});
+  run(LossRows<T, CeExp::Own, false>{loop});
 }
 
 template <typename T>
 inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
-  const int64_t C = args.layout.C;
-  Workspace<T> work(args.layout, 0);
+  const int64_t C = args.C;
+  Workspace<T> work({args.rows, C, 1}, 0);
   with_dtype(args.dtype, [&](auto tag) {
     using X = decltype(tag);
     for (int64_t n = begin; n < end; ++n) {
@@ -280,9 +269,9 @@ inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// The overloads that dispatch.cpp chooses from.
-void loss_rows(const LossArgs& args, int64_t begin, int64_t end, SORTKD_ACC) { 
-  choose_loss_rows<SORTKD_ACC>(args, begin, end);
+// The overloads that launcher.cpp chooses from.
+void loss_rows(const RowLoop& loop, int64_t begin, int64_t end, SORTKD_ACC) {
+  choose_loss_rows<SORTKD_ACC>(loop, begin, end);
 }
 void corrected_rows(const SortArgs& args, int64_t begin, int64_t end, SORTKD_ACC) {
   sort_rows<SORTKD_ACC>(args, begin, end);

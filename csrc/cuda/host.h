@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "job.h"
+#include "../kernels.h"
 
 namespace sortkd {
 namespace cuda {
@@ -30,7 +30,6 @@ inline int processors() {
   return count;
 }
 
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2; }
 
 }  // namespace cuda
 }  // namespace sortkd

@@ -1,6 +1,8 @@
 // The one function that each of the files loss_*.cu holds.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "choices.h"
 #include "params.h"
 

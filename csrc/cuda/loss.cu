@@ -12,7 +12,7 @@ namespace cuda {
 namespace {
 
 // Sixteen aligned bytes at a time, wherever a row begins: both sides and the gradient must be as far from it.
-bool can_peel(const LossJob& job) {
+bool can_peel(const LossArgs& job) {
   if (job.layout.inner != 1 || job.teacher_indices || job.student_dtype != job.teacher_dtype) return false;
   const auto past = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
   if (past(job.student) != past(job.teacher)) return false;
@@ -37,14 +37,14 @@ struct Plan {
   double *kd_sums, *ce_sums;
   size_t bytes;
 
-  Plan(const LossJob& job, void* scratch) : bytes(0) {
+  Plan(const LossArgs& job, void* scratch) : bytes(0) {
     const int64_t rows = job.layout.rows(), C = job.layout.C;
-    const LossOptions& options = job.options;
+    const LossConfig& options = job.config;
     const int processors = cuda::processors();
     peeled = can_peel(job);
-    const T temperature = static_cast<T>(job.temperature_value);
+    const T temperature = static_cast<T>(job.config.temperature);
     const bool power = !job.temperature && (temperature == T(1) || temperature == T(2) || temperature == T(4));
-    choice.general = options.standardize || job.grad_temperature || (options.want_ce && !power);
+    choice.general = options.standardize || job.grad_temperature || (options.with_ce() && !power);
     const int width = 16 / (peeled ? bytes_of(job.student_dtype) : static_cast<int>(sizeof(T)));
     const bool aligned =
         reinterpret_cast<uintptr_t>(job.student) % 16 == 0 && C * bytes_of(job.student_dtype) % 16 == 0;
@@ -63,16 +63,16 @@ struct Plan {
     left_rows = pieces.take<int64_t>(left ? rows : 0);
     entries = pieces.take<char>(choice.streamed ? choice.stream.blocks * choice.stream.entry_bytes : 0);
     dense = job.teacher_indices ? pieces.take<T>(choice.stream.blocks * C) : nullptr;
-    const bool reduced = job.reduction != Reduction::None;
+    const bool reduced = job.config.reduction != Reduction::None;
     kd = !reduced && job.kd ? static_cast<T*>(job.kd) : pieces.take<T>(rows);
-    ce = !reduced && job.ce ? static_cast<T*>(job.ce) : options.want_ce ? pieces.take<T>(rows) : nullptr;
+    ce = !reduced && job.ce ? static_cast<T*>(job.ce) : options.with_ce() ? pieces.take<T>(rows) : nullptr;
     kd_sums = pieces.take<double>(sums);
     ce_sums = pieces.take<double>(sums);
     bytes = pieces.used;
   }
 
-  LossParams<T> params(const LossJob& job) const {
-    const LossOptions& options = job.options;
+  LossParams<T> params(const LossArgs& job) const {
+    const LossConfig& options = job.config;
     const int64_t C = job.layout.C;
     LossParams<T> p{};
     p.rows = job.layout.rows();
@@ -86,27 +86,26 @@ struct Plan {
     p.k = static_cast<int>(job.k);
     p.grad_student = job.grad_student;
     p.target = job.target;
-    p.ignore_index = job.ignore_index;
+    p.ignore_index = job.config.ignore_index;
     p.temperature = static_cast<const T*>(job.temperature);
     p.temperature_stride = static_cast<int>(job.temperature_stride);
-    p.temperature_value = static_cast<T>(job.temperature_value);
-    p.upstream = static_cast<const T*>(job.upstream);
-    p.upstream_stride = static_cast<int>(job.upstream_stride);
-    p.counts = job.reduction == Reduction::Mean ? counts : nullptr;
+    p.temperature_value = static_cast<T>(job.config.temperature);
+    p.upstream = static_cast<const T*>(job.grad_output);
+    p.upstream_stride = static_cast<int>(job.grad_output_stride);
+    p.counts = job.config.reduction == Reduction::Mean ? counts : nullptr;
     p.count_blocks = sums;
     p.correction = options.correction;
-    p.passes = choice.general ? Passes::General : options.want_ce ? Passes::WithPower : Passes::Distillation;
-    p.power = static_cast<int>(job.temperature_value);
-    p.decoupled = options.decoupled;
+    p.passes = choice.general ? Passes::General : options.with_ce() ? Passes::WithPower : Passes::Distillation;
+    p.power = static_cast<int>(job.config.temperature);
+    p.decoupled = options.decoupled();
     p.standardize = options.standardize;
-    p.with_ce = options.want_ce;
+    p.with_ce = options.with_ce();
     p.uniform_tail = options.uniform_tail;
     p.kd_weight = static_cast<T>(options.kd_weight);
     p.ce_weight = static_cast<T>(options.ce_weight);
     p.alpha = static_cast<T>(options.alpha);
-    // One class beside the label is no distribution to match: without this, NCKD would be the rounding of 0.
-    p.beta = C > 2 ? static_cast<T>(options.beta) : T(0);
-    p.loss = job.reduction == Reduction::None ? static_cast<T*>(job.loss) : nullptr;
+    p.beta = static_cast<T>(options.beta_of(C));
+    p.loss = job.config.reduction == Reduction::None ? static_cast<T*>(job.loss) : nullptr;
     p.kd = kd;
     p.ce = ce;
     p.grad_temperature = static_cast<T*>(job.grad_temperature);
@@ -126,12 +125,12 @@ struct Plan {
 };
 
 template <typename T>
-cudaError_t run(const LossJob& job, void* scratch, cudaStream_t stream) {
+cudaError_t run(const LossArgs& job, void* scratch, cudaStream_t stream) {
   const Plan<T> plan(job, scratch);
   const LossParams<T> p = plan.params(job);
   if (p.rows > 0) {
     if (p.counts)
-      SORTKD_LAUNCH(sort_kd_count, plan.sums, kReduceThreads, kGroupBytes, stream, job.target, p.rows, job.ignore_index,
+      SORTKD_LAUNCH(sort_kd_count, plan.sums, kReduceThreads, kGroupBytes, stream, job.target, p.rows, job.config.ignore_index,
                     plan.counts, plan.left_count);
     else if (plan.left)
       cudaMemsetAsync(plan.left_count, 0, sizeof(unsigned), stream);
@@ -146,11 +145,11 @@ cudaError_t run(const LossJob& job, void* scratch, cudaStream_t stream) {
     else
       launch_rows<Peeled<Half>>(plan.choice, p, stream);
   }
-  if (job.reduction == Reduction::None) return cudaGetLastError();
+  if (job.config.reduction == Reduction::None) return cudaGetLastError();
   T* const loss = static_cast<T*>(job.loss);
   T* const kd = static_cast<T*>(job.kd);
   T* const ce = static_cast<T*>(job.ce);
-  const double kd_weight = job.options.kd_weight, ce_weight = job.options.ce_weight;
+  const double kd_weight = job.config.kd_weight, ce_weight = job.config.ce_weight;
   if (plan.sums == 1) {
     if (p.counts && p.rows == 0) cudaMemsetAsync(plan.counts, 0, sizeof(unsigned), stream);
     SORTKD_LAUNCH((sort_kd_reduce<T, T>), 1, kReduceThreads, kGroupBytes, stream, plan.kd, plan.ce, p.rows, p.counts,
@@ -166,12 +165,13 @@ cudaError_t run(const LossJob& job, void* scratch, cudaStream_t stream) {
 
 }  // namespace
 
-size_t scratch_bytes(const LossJob& job) {
-  return job.acc_double ? Plan<double>(job, nullptr).bytes : Plan<float>(job, nullptr).bytes;
+size_t scratch_bytes(const LossArgs& job) {
+  return job.acc_double() ? Plan<double>(job, nullptr).bytes : Plan<float>(job, nullptr).bytes;
 }
 
-cudaError_t run_loss(const LossJob& job, void* scratch, cudaStream_t stream) {
-  return job.acc_double ? run<double>(job, scratch, stream) : run<float>(job, scratch, stream);
+int run_loss(const LossArgs& job, void* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
+  return job.acc_double() ? run<double>(job, scratch, stream) : run<float>(job, scratch, stream);
 }
 
 }  // namespace cuda

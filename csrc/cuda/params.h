@@ -1,7 +1,7 @@
 // What the row kernels are launched with: a job in the kernels' own arithmetic, and the launch choices.
 #pragma once
 
-#include "job.h"
+#include "../kernels.h"
 
 namespace sortkd {
 namespace cuda {

@@ -11,9 +11,6 @@
 namespace sortkd {
 namespace cuda {
 
-constexpr double kLog2e = 1.44269504088896340736;
-constexpr double kLn2 = 0.693147180559945309417;
-
 template <typename T>
 struct RowHead {
   int64_t row;
@@ -120,11 +117,11 @@ __device__ __forceinline__ Coefficients<T> finish_row(const LossParams<T>& p, co
   Coefficients<T> c{};
   c.on_student = kd_scale * terms.on_student;
   c.on_teacher = kd_scale * terms.on_teacher;
-  c.on_plain = ce_scale * terms.on_plain;
-  c.at_label = kd_scale * terms.at_label + ce_scale * terms.plain_at_label;
+  c.on_plain = ce_scale * terms.on_ce;
+  c.at_label = kd_scale * terms.at_label + ce_scale * terms.ce_at_label;
   if (general && p.standardize && spread.deviation > T(0)) {
     const T deviation = spread.deviation + static_cast<T>(kStandardizeEps);
-    const T along = kd_scale * terms.along_u / (inverse * static_cast<T>(p.C - 1) * spread.deviation);
+    const T along = kd_scale * terms.u_dot_grad / (inverse * static_cast<T>(p.C - 1) * spread.deviation);
     c.along = along * static_cast<T>(kLn2) / (inverse * deviation);  // v counts in bits of u, z in deviations
     c.v_mean = (spread.mean - x.reference_student) * x.student;
     c.at_label -= along * (student_label - spread.mean) / deviation;

@@ -41,23 +41,24 @@ __global__ void __launch_bounds__(256)
 namespace {
 
 template <typename X>
-cudaError_t run(const ScaleJob& job, cudaStream_t stream) {
+cudaError_t run(const ScaleArgs& job, cudaStream_t stream) {
   const int64_t span = job.layout.C * job.layout.inner, total = job.layout.outer * span;
   if (total == 0) return cudaSuccess;
-  const bool one = job.upstream_stride == 0;
+  const bool one = job.grad_output_stride == 0;
   const auto past = (reinterpret_cast<uintptr_t>(job.grad) | reinterpret_cast<uintptr_t>(job.scaled)) % 16;
   // Two rows at most in a thread's values, and neighbouring classes in them.
   const bool vectors = past == 0 && (one || (job.layout.inner == 1 && span >= kScaleValues));
   const auto blocks = static_cast<unsigned>((total + 256 * kScaleValues - 1) / (256 * kScaleValues));
   SORTKD_LAUNCH((sort_kd_scale<X>), blocks, 256, 0, stream, static_cast<const X*>(job.grad),
-                static_cast<X*>(job.scaled), static_cast<const Acc<X>*>(job.upstream), one, total, span,
+                static_cast<X*>(job.scaled), static_cast<const Acc<X>*>(job.grad_output), one, total, span,
                 job.layout.inner, vectors);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t run_scale(const ScaleJob& job, cudaStream_t stream) {
+int run_scale(const ScaleArgs& job, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
   if (job.dtype == Dtype::Float) return run<float>(job, stream);
   if (job.dtype == Dtype::BFloat16) return run<BFloat16>(job, stream);
   if (job.dtype == Dtype::Half) return run<Half>(job, stream);

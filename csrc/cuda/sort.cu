@@ -86,7 +86,7 @@ struct Plan {
   StreamChoice stream;
   char* entries;
   size_t bytes;
-  Plan(const SortJob& job, void* scratch) {
+  Plan(const SortArgs& job, void* scratch) {
     stream = choose_stream(job.rows, job.C, Vector<X>::kWidth, job.correction != Correction::None,
                            sizeof(Entry<Acc<X>>), 0, processors());
     Pieces pieces{static_cast<char*>(scratch)};
@@ -96,7 +96,7 @@ struct Plan {
 };
 
 template <typename X>
-cudaError_t run(const SortJob& job, void* scratch, cudaStream_t stream) {
+cudaError_t run(const SortArgs& job, void* scratch, cudaStream_t stream) {
   using T = Acc<X>;
   const Plan<X> plan(job, scratch);
   LossParams<T> p{};
@@ -126,11 +126,12 @@ auto with_dtype(Dtype dtype, F&& f) {
 
 }  // namespace
 
-size_t scratch_bytes(const SortJob& job) {
+size_t scratch_bytes(const SortArgs& job) {
   return with_dtype(job.dtype, [&](auto x) { return Plan<decltype(x)>(job, nullptr).bytes; });
 }
 
-cudaError_t run_sort(const SortJob& job, void* scratch, cudaStream_t stream) {
+int run_sort(const SortArgs& job, void* scratch, void* stream_) {
+  const auto stream = static_cast<cudaStream_t>(stream_);
   return with_dtype(job.dtype, [&](auto x) { return run<decltype(x)>(job, scratch, stream); });
 }
 

@@ -85,8 +85,8 @@ __device__ __forceinline__ RowSums<T> row_sums(const Sums<T, n>& sums, const Exp
   result.v_label_student = (student_label - x.reference_student) * x.student * ln2;
   result.v_label_teacher = (teacher_label - x.reference_teacher) * x.teacher * ln2;
   if constexpr (n > 3) {
-    result.z_plain = sums.of[3];
-    result.v_label_plain = result.v_label_student * x.plain;
+    result.z_ce = sums.of[3];
+    result.v_label_ce = result.v_label_student * x.plain;
   }
   if constexpr (n > 4) {
     result.moment_student = sums.of[4] * ln2;

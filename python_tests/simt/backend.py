@@ -21,6 +21,7 @@ from . import build
 
 NAME = "simt"
 CSRC = build.HERE.parent.parent / "csrc"
+_libraries: list[torch.library.Library] = []  # the ops live as long as these
 
 
 def sources() -> tuple[Path, ...]:
@@ -40,10 +41,7 @@ def modules() -> tuple[ModuleType, ModuleType]:
     spec = importlib.util.spec_from_file_location("sortkd_simt_harness", extension.__file__)
     harness = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(harness)
-    torch.library.register_fake("sortkd_simt::sort_kd_forward")(ops._fake_forward)
-    torch.library.register_fake("sortkd_simt::sort_logits")(
-        lambda teacher, *_: torch.empty_like(teacher, memory_format=torch.contiguous_format)
-    )
+    _libraries.append(ops.define("sortkd_simt"))
     return extension, harness
 
 
@@ -56,12 +54,10 @@ def installed() -> Iterator[ModuleType]:
         RuntimeError: the compiler's words where the kernels do not build.
     """
     extension, harness = modules()
-    library = torch.ops.sortkd_simt
     names = backends.NAMES
     backends.NAMES += (NAME,)
     backends._STATES[NAME] = backends.BackendState(True, ("cpu",), "the CUDA kernels under the SIMT harness")
-    ops.LOSS[NAME], ops.LOSS_IN_GRAPH[NAME] = extension.sort_kd_loss, library.sort_kd_loss.default
-    ops.SORT_LOGITS[NAME] = library.sort_logits.default
+    ops.register_native(NAME, extension, "sortkd_simt")
     harness.settings.order, harness.settings.seed = harness.Order.shuffled, 1
     harness.guard(True)
     try:
@@ -70,6 +66,6 @@ def installed() -> Iterator[ModuleType]:
         harness.guard(False)
         backends.NAMES = names
         del backends._STATES[NAME]
-        for table in (ops.LOSS, ops.LOSS_IN_GRAPH, ops.SORT_LOGITS):
+        for table in (ops.LOSS, ops.SORT_LOGITS):
             del table[NAME]
     assert not harness.damaged(), "a kernel has written before the start of a tensor"

@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -23,55 +22,37 @@ class Rows(NamedTuple):
     inner: int
     classes: int
 
-    def turned(self) -> Rows:
-        """The same rows, all of them inner, where there is no inner dimension."""
-        return Rows(self.data, 0, self.outer, self.classes)
+
+def inner_size(logits: Tensor) -> int:
+    """The rows that interleave their classes: those of the last dimensions whose step is below that of the classes."""
+    inner, dim = 1, logits.dim() - 2
+    while logits.stride(-1) > 1 and dim >= 0 and logits.stride(dim) < logits.stride(-1):
+        inner *= logits.shape[dim]
+        dim -= 1
+    return inner
 
 
-def as_rows(logits: Tensor, class_dim: int) -> Rows:
-    """The rows of ``logits`` along ``class_dim``."""
-    dim = class_dim % logits.dim()
+def as_rows(logits: Tensor, inner: int) -> Rows:
+    """The rows of ``logits`` ``[..., C]``, of which ``inner`` interleave."""
     if logits.numel() == 0:
         return Rows(logits, 0, 0, 1)  # no strides of an empty tensor collapse, and none is used
-    size, stride = logits.shape, logits.stride()
-    outer = _collapsed(size[:dim], stride[:dim], math.prod(size[dim:]))
-    inner = _collapsed(size[dim + 1 :], stride[dim + 1 :], 1)
-    if outer is None or inner is None:
-        return as_rows(logits.contiguous(), dim)
-    return Rows(logits, outer, inner, stride[dim])
+    size, stride = logits.shape[:-1], logits.stride()[:-1]
+    dim, left = len(size), inner
+    while left > 1:
+        dim -= 1
+        left //= size[dim]
+    outer_step = _collapsed(size[:dim], stride[:dim], 0)
+    inner_step = _collapsed(size[dim:], stride[dim:], 1)
+    if outer_step is None or inner_step is None:
+        return as_rows(logits.contiguous(), inner)
+    return Rows(logits, outer_step, inner_step, logits.stride(-1))
 
 
-def check_labels(argument: str, labels: Tensor, C: int, ignore_index: int | None = None) -> None:
-    """On the CPU, which means under the interpreter, what the native CPU kernels say; on a GPU the kernels assert.
-
-    Raises:
-        IndexError: a label is outside ``[0, C)`` and is not ``ignore_index``.
-    """
-    if labels.device.type != "cpu":
-        return
-    labels = labels.reshape(-1)
-    wrong = (labels < 0) | (labels >= C)
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-    if wrong.any():
-        row = int(wrong.nonzero()[0, 0])
-        ignored = "" if ignore_index is None else f" or ignore_index {ignore_index}"
-        raise IndexError(
-            f"sortkd_kernels: expected {argument} in [0, {C}){ignored}, got {int(labels[row])} in row {row}"
-        )
-
-
-def inner_size(logits: Tensor, class_dim: int) -> int:
-    """The number of rows that interleave their classes: the product of the dimensions behind ``class_dim``."""
-    return math.prod(logits.shape[class_dim % logits.dim() + 1 :])
-
-
-def gradient_like(student: Tensor, class_dim: int) -> Tensor:
-    """Memory for a gradient: class after class where the student's lie so (channels last), else contiguous."""
-    moved = student.movedim(class_dim, -1)
-    if moved.is_contiguous():
-        return torch.empty_like(moved, memory_format=torch.contiguous_format).movedim(-1, class_dim)
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
+def dense_rows(logits: Tensor, inner: int) -> bool:
+    """Whether ``logits`` are ``[outer, C, inner]`` in memory, with no gap."""
+    rows, C = as_rows(logits, inner), logits.shape[-1]
+    outer = logits.numel() // (C * inner)
+    return rows.data is logits and rows.classes == inner and (outer == 1 or rows.outer == C * inner)
 
 
 def alignment(*steps: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .layout import alignment, as_rows, check_labels
+from .layout import alignment, as_rows
 from .loss import NONE, WORK
 from .order import collect, corrected_above, put_in_order
 from .rows import aligned, class_offset, leave, read_label, value_at
@@ -96,9 +96,8 @@ def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: 
         correction: 0 none, 1 sort, 2 swap.
     """
     N, C, device = target.numel(), teacher.shape[-1], teacher.device
-    check_labels("target", target, C, ignore_index)
     work = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    t, target = as_rows(teacher, -1), target.contiguous()
+    t, target = as_rows(teacher, 1), target.contiguous()
     corrected = torch.empty(teacher.shape, dtype=teacher.dtype, device=device)
     leftovers = correction != NONE and C - 1 > launch.RUN
     listed = torch.empty(N, dtype=torch.int32, device=device) if leftovers else None

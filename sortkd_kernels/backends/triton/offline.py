@@ -82,7 +82,7 @@ class Launch(NamedTuple):
         return self.keywords.get("R", 1)
 
 
-def launches(case: Case, target: str, rows: int = 4) -> list[Launch]:
+def launches(case: Case, target: str, Options: type, rows: int = 4) -> list[Launch]:
     """The launches of a case on ``rows`` rows (4 or more), in order."""
     found = []
     saved = JITFunction.run, launch._processors, torch.version.hip
@@ -96,12 +96,23 @@ def launches(case: Case, target: str, rows: int = 4) -> list[Launch]:
         teacher = torch.empty(student.shape, dtype=case.teacher or case.dtype)
         labels = torch.zeros((rows // 2, 33, 33) if case.dense else rows, dtype=torch.int64)
         indices = torch.zeros(rows, case.top_k, dtype=torch.int64) if case.top_k else None
+        temperature = torch.ones(rows) if case.every_sum and not case.dense else None
+        config = Options(
+            case.temperature, case.correction, 0.9, 1.0, 8.0 if case.every_sum else None, 0.1,
+            case.every_sum and not case.top_k, True, 2, -100, True,
+        )  # fmt: skip
         gradient = loss_forward(
-            student, teacher[:, : case.top_k] if case.top_k else teacher, indices, labels,
-            torch.ones(rows) if case.every_sum and not case.dense else None, case.temperature, case.correction,
-            case.every_sum, 0.9, 1.0, 8.0, 0.1, case.every_sum and not case.top_k, True, 1, 2, -100, True, None, True,
-        )[4]  # fmt: skip
-        scale_gradient(gradient, torch.ones(()), 1)
+            student.movedim(1, -1),
+            teacher[:, : case.top_k] if case.top_k else teacher.movedim(1, -1),
+            indices,
+            labels,
+            temperature,
+            config,
+            None,
+            True,
+            temperature is not None,
+        )[4]
+        scale_gradient(gradient, torch.ones(()))
         sort_logits(teacher.movedim(1, -1), labels, case.correction, -100)
     finally:
         JITFunction.run, launch._processors, torch.version.hip = saved

@@ -66,6 +66,12 @@ def entropy_term(p, log_p, log_q):
 
 
 @triton.jit
+def weighted(weight, term):
+    """``weight * term``, 0 for an infinite term of weight 0; a NaN stays one."""
+    return tl.where((weight == 0) & (tl.abs(term) == INFINITY), 0.0, weight * term)
+
+
+@triton.jit
 def distillation(sums, s_y, t_y, a_s, a_t, T, alpha, beta, DECOUPLED: tl.constexpr, LEARNED: tl.constexpr):
     """KD or DKD of each row, ``(g_s, g_t, g_y)`` of its gradient, and its derivative by the temperature.
 
@@ -91,14 +97,15 @@ def distillation(sums, s_y, t_y, a_s, a_t, T, alpha, beta, DECOUPLED: tl.constex
     nckd = tl.where(z_t == 0, 0.0, cross * inverse_t * LN2 + tl.log(ratio))
     if DECOUPLED:
         A = tl.full(T.shape, alpha, T.dtype)
-        B = tl.full(T.shape, beta, T.dtype)
+        # A teacher that leaves nothing beside the label leaves nothing to match there.
+        B = tl.where(z_t == 0, 0.0, tl.full(T.shape, beta, T.dtype))
         g_s = T * (B - A * excess) * inverse_s
     else:
         A = tl.full(T.shape, 1.0, T.dtype)
         B = rest_p
         # (1 - p) - (q - p) = 1 - q, without the cancellation.
         g_s = T * rest_q * inverse_s
-    kd = T * T * (A * tckd + tl.where(B == 0, 0.0, B * nckd))
+    kd = T * T * (weighted(A, tckd) + weighted(B, nckd))
 
     by_temperature = kd
     if LEARNED:

@@ -1,0 +1,150 @@
+// The CPU's launcher: checks the labels, runs the build of the row loop that fits this processor on ATen's threads, reduces.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+
+#include "rows.h"
+
+namespace sortkd {
+
+SORTKD_DECLARE_ROWS(DEFAULT)
+#if defined(SORTKD_X86)
+SORTKD_DECLARE_ROWS(AVX2)
+SORTKD_DECLARE_ROWS(AVX512)
+#endif
+
+namespace cpu {
+namespace {
+
+enum class Capability { Baseline, Avx2, Avx512 };
+
+// ATen's own choice, so ATEN_CPU_CAPABILITY overrides both alike.
+Capability detect() {
+#if defined(SORTKD_X86)
+  const std::string name = at::get_cpu_capability();
+  if (name == "AVX512") return Capability::Avx512;
+  if (name == "AVX2") return Capability::Avx2;
+#endif
+  return Capability::Baseline;
+}
+
+const Capability kCapability = detect();
+
+template <typename... Args>
+void loss_rows(const Args&... args) {
+#if defined(SORTKD_X86)
+  if (kCapability == Capability::Avx512) return AVX512::loss_rows(args...);
+  if (kCapability == Capability::Avx2) return AVX2::loss_rows(args...);
+#endif
+  DEFAULT::loss_rows(args...);
+}
+
+template <typename... Args>
+void corrected_rows(const Args&... args) {
+#if defined(SORTKD_X86)
+  if (kCapability == Capability::Avx512) return AVX512::corrected_rows(args...);
+  if (kCapability == Capability::Avx2) return AVX2::corrected_rows(args...);
+#endif
+  DEFAULT::corrected_rows(args...);
+}
+
+// Waking a thread costs some microseconds: about this many logits' worth of work.
+constexpr int64_t kGrainLogits = 32768;
+
+template <typename F>
+void for_rows(int64_t rows, int64_t C, F&& f) {
+  if (rows) at::parallel_for(0, rows, std::max<int64_t>(1, kGrainLogits / C), f);
+}
+
+// Returns how many rows count.
+int64_t check_labels(const int64_t* labels, int64_t rows, int64_t C, int64_t ignore_index) {
+  int64_t counted = 0;
+  for (int64_t n = 0; n < rows; ++n) {
+    if (labels[n] == ignore_index) continue;
+    TORCH_CHECK_INDEX(labels[n] >= 0 && labels[n] < C, "sortkd_kernels: expected target in [0, ", C, ") or ignore_index ",
+                      ignore_index, ", got ", labels[n], " in row ", n);
+    ++counted;
+  }
+  return counted;
+}
+
+void check_top_k(const LossArgs& args) {
+  for (int64_t i = 0; i < args.layout.rows() * args.k; ++i)
+    TORCH_CHECK_INDEX(args.teacher_indices[i] >= 0 && args.teacher_indices[i] < args.layout.C,
+                      "sortkd_kernels: expected teacher_indices in [0, ", args.layout.C, "), got ", args.teacher_indices[i],
+                      " in row ", i / args.k);
+}
+
+// Serial and in double: the same bits for any number of threads.
+template <typename T>
+double sum_rows(const T* values, int64_t rows) {
+  double sum = 0;
+  for (int64_t n = 0; n < rows; ++n) sum += values[n];
+  return sum;
+}
+
+template <typename T>
+void reduce(const RowLoop& loop, int64_t counted) {
+  const LossArgs& args = loop.args;
+  const LossConfig& config = args.config;
+  const int64_t rows = args.layout.rows();
+  const T *kd = static_cast<const T*>(loop.kd), *ce = static_cast<const T*>(loop.ce);
+  T* const loss = static_cast<T*>(args.loss);
+  if (config.reduction == Reduction::None) {
+    const T kd_weight = static_cast<T>(config.kd_weight), ce_weight = static_cast<T>(config.ce_weight);
+    for (int64_t n = 0; n < rows; ++n) loss[n] = ce_weight == T(0) ? kd_weight * kd[n] : kd_weight * kd[n] + ce_weight * ce[n];
+    return;
+  }
+  // No row counts: 0 / 0, as in F.cross_entropy.
+  const double denominator = config.reduction == Reduction::Mean ? static_cast<double>(counted) : 1.0;
+  const double kd_mean = sum_rows(kd, rows) / denominator;
+  const double ce_mean = config.with_ce() ? sum_rows(ce, rows) / denominator : 0.0;
+  // Asked for as a part only, an infinite cross-entropy leaves the loss alone.
+  *loss = static_cast<T>(config.kd_weight * kd_mean + (config.ce_weight == 0 ? 0 : config.ce_weight * ce_mean));
+  if (args.kd) *static_cast<T*>(args.kd) = static_cast<T>(kd_mean);
+  if (args.ce) *static_cast<T*>(args.ce) = static_cast<T>(ce_mean);
+}
+
+template <typename T>
+void run(const LossArgs& args, void* scratch) {
+  const int64_t rows = args.layout.rows(), C = args.layout.C;
+  const int64_t counted = check_labels(args.target, rows, C, args.config.ignore_index);
+  if (args.teacher_indices) check_top_k(args);
+  const bool in_place = args.config.reduction == Reduction::None && args.config.parts;
+  RowLoop loop{args, scratch, args.config.with_ce() ? static_cast<T*>(scratch) + rows : nullptr, 1.0};
+  if (in_place) loop.kd = args.kd, loop.ce = args.ce;
+  // With no row to count there is no gradient either; 0 keeps 0 * inf out of it.
+  if (args.config.reduction == Reduction::Mean) loop.mean_scale = counted ? 1.0 / static_cast<double>(counted) : 0.0;
+  for_rows(rows, C, [&](int64_t begin, int64_t end) { loss_rows(loop, begin, end, T(0)); });
+  reduce<T>(loop, counted);
+}
+
+}  // namespace
+
+const char* capability() {
+  return kCapability == Capability::Avx512 ? "avx512" : kCapability == Capability::Avx2 ? "avx2" : "baseline";
+}
+
+size_t scratch_bytes(const LossArgs& args) {
+  return 2 * static_cast<size_t>(args.layout.rows()) * (args.acc_double() ? sizeof(double) : sizeof(float));
+}
+
+void run_loss(const LossArgs& args, void* scratch) {
+  args.acc_double() ? run<double>(args, scratch) : run<float>(args, scratch);
+}
+
+void run_sort(const SortArgs& args) {
+  check_labels(args.target, args.rows, args.C, args.ignore_index);
+  for_rows(args.rows, args.C, [&](int64_t begin, int64_t end) {
+    if (args.dtype == Dtype::Double)
+      corrected_rows(args, begin, end, 0.0);
+    else
+      corrected_rows(args, begin, end, 0.0f);
+  });
+}
+
+}  // namespace cpu
+}  // namespace sortkd

@@ -1,0 +1,123 @@
+"""Autograd around a forward op: for traces of any backend, and for the Triton kernels outside of them too.
+
+The formula is that of `csrc/autograd.cpp`: the gradient is made in the forward pass and rescaled in the backward one,
+save for float16 students, whose small probabilities survive only with the scale multiplied in before the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Kernels(NamedTuple):
+    """A backend as autograd needs it. Arguments and results of the forward pass: ``SCHEMA`` in :mod:`.ops`.
+
+    Attributes:
+        op: the forward pass through the dispatcher, the options one by one.
+        forward: the same past the dispatcher, with the options as one tuple and ``inplace`` at the end; or None.
+        scale: multiplies a gradient ``[..., C]`` in place by a scalar or by one value a row; or None.
+    """
+
+    op: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., tuple[Tensor, ...]] | None = None
+    scale: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def loss(
+    kernels: Kernels, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature: Tensor | None, config: tuple[Any, ...], inplace: bool,
+) -> Parts:  # fmt: skip
+    """``(loss, kd, ce, rank)``, differentiable. In a trace the permission to write in place is not used."""
+    inputs = student, teacher, teacher_indices, target, temperature
+    # Inside a Function a tensor asks for its gradient under torch.no_grad() too, and would get its memory.
+    learned = temperature is not None and temperature.requires_grad
+    if torch.is_grad_enabled() and (student.requires_grad or learned):
+        return _Loss.apply(student, temperature, kernels, inputs[1:4], config, inplace and _has_values(student))
+    return _forward(kernels, inputs, config, None, False, False)[:4]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, temperature: Tensor | None, kernels: Kernels, others: tuple[Tensor | None, ...],
+        config: tuple[Any, ...], inplace: bool,
+    ) -> Parts:  # fmt: skip
+        asked_student, asked_temperature = ctx.needs_input_grad[:2]
+        ctx.kernels, ctx.config, ctx.inplace = kernels, config, inplace and asked_student
+        ctx.in_backward = student.dtype == torch.float16 and asked_student
+        inputs = student, *others, temperature
+        now = asked_student and not ctx.in_backward
+        *parts, grad_student, grad_temperature = _forward(
+            kernels, inputs, config, None, now, asked_temperature, ctx.inplace and now
+        )
+        _save(ctx, grad_student, grad_temperature, temperature, *(inputs[:4] if ctx.in_backward else ()))
+        ctx.mark_non_differentiable(*parts[1:])
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would pass a gradient on that is silently constant where `grad_output` is.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "sortkd_kernels: second derivatives of the fused losses are not implemented; "
+                'backend="reference" has them (backward was called with create_graph=True)'
+            )
+        grad_student, rows, temperature, *inputs = _saved(ctx)
+        if not ctx.needs_input_grad[0]:
+            grad_student = None
+        elif ctx.in_backward:
+            # A kept graph reads the logits again.
+            inplace = ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph()
+            request = grad_output, True, False, inplace
+            grad_student = _forward(ctx.kernels, (*inputs, temperature), ctx.config, *request)[4]
+        else:
+            grad_student = _scaled(ctx.kernels, grad_student, grad_output)
+        grad_temperature = None
+        if ctx.needs_input_grad[1]:
+            rows = rows * grad_output.reshape(-1)
+            grad_temperature = (rows.view_as(temperature) if temperature.dim() else rows.sum()).to(temperature.dtype)
+        return grad_student, grad_temperature, None, None, None, None
+
+
+def _forward(
+    kernels: Kernels, inputs: tuple[Tensor | None, ...], config: tuple[Any, ...], grad_output: Tensor | None,
+    grad_student: bool, grad_temperature: bool, inplace: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    student, *others = inputs
+    if kernels.forward is None or not _has_values(student):
+        return kernels.op(student, *others, *config, grad_output, grad_student, grad_temperature)
+    if inplace:
+        # An op before this one may have saved these logits: it must see that they are gone.
+        torch.autograd.graph.increment_version(student)
+    return kernels.forward(student.detach(), *others, config, grad_output, grad_student, grad_temperature, inplace)
+
+
+def _scaled(kernels: Kernels, grad: Tensor, grad_output: Tensor) -> Tensor:
+    if kernels.scale is None or not _has_values(grad):
+        return (grad * (grad_output.unsqueeze(-1) if grad_output.dim() else grad_output)).to(grad.dtype)
+    # Unless the graph is kept, nobody reads the buffer again.
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kernels.scale(grad.clone() if keep else grad, grad_output)
+
+
+def _has_values(t: Tensor) -> bool:
+    """A tensor with memory of its own, outside any trace, with no mode that wants to see the ops."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(t) is Tensor or type(t) is torch.nn.Parameter
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for the backward pass; autograd refuses to save those of ``torch.inference_mode()``."""
+    ctx.unversioned = [t if t is not None and _has_values(t) and t.is_inference() else None for t in tensors]
+    ctx.save_for_backward(*(t if own is None else None for t, own in zip(tensors, ctx.unversioned, strict=True)))
+
+
+def _saved(ctx: Any) -> list[Tensor | None]:
+    return [t if own is None else own for t, own in zip(ctx.saved_tensors, ctx.unversioned, strict=True)]
