@@ -263,3 +263,29 @@ def test_a_changed_input_is_noticed(backend):
     teacher.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
+@pytest.mark.parametrize("top_k", (False, True))
+@EVERY_BACKEND
+def test_a_teacher_from_inference_mode(backend, top_k, dtype):
+    """Autograd refuses to save such tensors, labels made there among them; float16 reads them in its backward pass."""
+    rows = cases.make_rows(12, 9, (dtype, dtype))
+    with torch.inference_mode():
+        teacher, target = rows.teacher * 1, rows.target.clone()
+        values, indices = teacher.topk(3)
+    results = []
+    for tensors in (
+        (teacher, values, indices, target),
+        [x.clone() for x in (rows.teacher, *rows.teacher.topk(3), rows.target)],
+    ):
+        leaf = rows.student.clone().requires_grad_()
+        full, v, i, y = tensors
+        loss = (
+            fused_sort_kd_topk(leaf, v, i, y, backend=backend)
+            if top_k
+            else fused_sort_kd(leaf, full, y, backend=backend)
+        )
+        loss.backward()
+        results.append(leaf.grad)
+    assert torch.equal(*results)

@@ -6,6 +6,7 @@ import math
 import re
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import BF16, F16, F32
@@ -216,6 +217,18 @@ def test_temperatures_that_are_fine(backend, value):
     got = fused_sort_kd(**call, temperature=value, backend=backend)
     assert got.dtype == F32
     torch.testing.assert_close(got, fused_sort_kd(**call, temperature=4.0, backend=backend))
+
+
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_numpys_scalars_are_numbers(backend):
+    """A schedule or a data frame hands them over; each option counts as the plain number."""
+    call = arguments("fused_sort_dkd")
+    call["target"][1] = 7
+    numbers = dict(temperature=2.5, alpha=0.5, beta=2.0, kd_weight=0.25, ce_weight=0.5)
+    want = fused_sort_dkd(**call, **numbers, ignore_index=7, backend=backend)
+    for kind in (np.float32, np.float64, np.float16):
+        as_numpy = {name: kind(value) for name, value in numbers.items()}
+        assert torch.equal(fused_sort_dkd(**call, **as_numpy, ignore_index=np.int64(7), backend=backend), want)
 
 
 def test_ops_guard_themselves():

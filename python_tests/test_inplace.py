@@ -99,6 +99,59 @@ def test_a_leaf_is_refused(backend, dtype):
     assert torch.equal(leaf, before)
 
 
+VIEWS_OF_A_LEAF = {
+    "reshaped": lambda p: p.view(12, 9),
+    "a part": lambda p: p.view(2, 12, 9)[1],
+    "a view of a view": lambda p: p.view(2, 12, 9)[0].view(4, 3, 9).flatten(0, 1),
+    "detached": lambda p: p.detach().view(-1, 9)[:12].requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS_OF_A_LEAF)
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_a_view_of_a_leaf_is_refused(backend, dtype, view):
+    """The values of a parameter would be lost through it."""
+    rows = cases.make_rows(12, 9)
+    sizes = (12 * 9,) if view == "reshaped" else (2 * 12 * 9,)
+    parameter = torch.nn.Parameter(torch.randn(sizes).to(dtype))
+    before = parameter.detach().clone()
+    logits = VIEWS_OF_A_LEAF[view](parameter)
+    with pytest.raises(
+        ValueError, match=r"got a (view of a )?leaf tensor that requires grad, whose values would be lost"
+    ):
+        fused_sort_kd(logits, rows.teacher.to(dtype), rows.target, inplace=True, backend=backend)
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_a_teacher_that_overlaps_in_part_is_refused(backend, dtype):
+    """One row further in the same memory, and the first classes of the same rows."""
+    logits = cases.make_rows(13, 9, (dtype, dtype)).student.requires_grad_() + 0
+    target = cases.make_rows(12, 9).target
+    before, student, values = logits.detach().clone(), logits[1:], logits.detach()[1:, :3]
+    with pytest.raises(ValueError, match="one that overlaps it in part"):
+        fused_sort_kd(student, logits.detach()[:-1], target, inplace=True, backend=backend)
+    with pytest.raises(ValueError, match="one that overlaps it in part"):
+        fused_sort_kd_topk(student, values, values.argsort(-1), target, inplace=True, backend=backend)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("C", (9, 400))
+@EVERY_DTYPE
+@pytest.mark.parametrize("backend", cases.BACKENDS)
+def test_the_student_as_its_own_teacher(backend, dtype, C):
+    """The very same elements on both sides: the teacher's are read after the first gradients are written."""
+    rows = cases.make_rows(3 if backend in cases.LOGITS_LIMIT and C > 9 else 12, C, (dtype, dtype))
+    leaf = rows.student.requires_grad_()
+    call = partial(fused_sort_kd, target=rows.target, ce_weight=0.2, backend=backend)
+    (want,) = torch.autograd.grad(call(leaf, leaf.detach().clone()), leaf)
+    logits = leaf + 0
+    (grad,) = torch.autograd.grad(call(logits, logits.detach(), inplace=True), logits)
+    assert torch.equal(grad, want)
+
+
 @EVERY_DTYPE
 @BACKENDS
 def test_strided_logits_are_refused(backend, dtype):

@@ -241,3 +241,55 @@ def test_constant_rows_under_standardization(backend, dtype, decoupled):
         out.loss.backward()
         assert out.kd == 0
         torch.testing.assert_close(student.grad, 0.25 * (0.2 - F.one_hot(target, 5).to(dtype)))
+
+
+# Finite logits of student and teacher beside those at -inf; the label is class 0, which may be one of them.
+FINITE = {
+    "teacher: the label alone": ((0, 1, 2, 3), (0,)),
+    "student: the label alone": ((0,), (0, 1, 2, 3)),
+    "both: the label alone": ((0,), (0,)),
+    "teacher: the label and another": ((0, 1, 2, 3), (0, 2)),
+    "both: the label and another": ((0, 2), (0, 2)),
+    "teacher: another alone": ((0, 1, 2, 3), (1,)),
+}
+
+
+@pytest.mark.parametrize(("alpha", "beta"), ((1.0, 8.0), (0.0, 1.0), (2.0, 0.0)))
+@pytest.mark.parametrize("finite", FINITE)
+@EVERY_BACKEND
+def test_dkd_with_nothing_beside_the_label(backend, finite, alpha, beta):
+    """A teacher with nothing there leaves nothing to match: NCKD and its gradient are 0. A student with nothing there
+    matches no other teacher: its loss is infinite, unless its weight is 0."""
+    of_student, of_teacher = FINITE[finite]
+    student, teacher = torch.tensor([[1.0, 2.0, 0.5, 0.0]]), torch.tensor([[2.0, 1.0, -1.0, 0.5]])
+    for logits, kept in ((student, of_student), (teacher, of_teacher)):
+        logits[0, [i for i in range(4) if i not in kept]] = -math.inf
+    target, T = torch.tensor([0]), 4.0
+
+    # By hand, in float64. The correction moves the label to the front, so it holds the teacher's largest value.
+    corrected = teacher[0].sort(descending=True).values if finite == "teacher: another alone" else teacher[0]
+    corrected = [float(x) for x in corrected]
+    p, q = (torch.tensor(x, dtype=torch.float64).div(T).softmax(-1) for x in (corrected, student[0].tolist()))
+    pair = [(p[0], q[0]), (1 - p[0] if len(of_teacher) > 1 else p[0] * 0, q[1:].sum())]
+    tckd = sum(float(torch.xlogy(a, a) - torch.xlogy(a, b)) for a, b in pair)
+    nckd = 0.0
+    if p[1:].sum() > 0:
+        without_p, without_q = p[1:] / p[1:].sum(), q[1:] / q[1:].sum() if q[1:].sum() > 0 else q[1:]
+        nckd = float((torch.xlogy(without_p, without_p) - torch.xlogy(without_p, without_q)).sum())
+    want = T * T * sum(weight * term for weight, term in ((alpha, tckd), (beta, nckd)) if weight)
+
+    leaf = student.requires_grad_()
+    loss = fused_sort_dkd(leaf, teacher, target, alpha=alpha, beta=beta, reduction="sum", backend=backend)
+    assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert grad.isfinite().all()
+    if math.isinf(want) or 1 not in of_student:
+        return
+    # The derivative of the reference's loss in float64, and that of a loss of differences: no sum remains.
+    assert abs(float(grad.sum())) < 1e-5
+    double = student.detach().double().requires_grad_()
+    options = dict(alpha=alpha, beta=beta, reduction="sum", backend="reference")
+    (truth,) = torch.autograd.grad(fused_sort_dkd(double, teacher.double(), target, **options), double)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=1e-6)
+    if beta == 8.0:
+        torch.autograd.gradcheck(lambda s: fused_sort_dkd(s, teacher.double(), target, **options), (double,))

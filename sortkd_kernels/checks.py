@@ -145,11 +145,12 @@ def as_int(fn: str, argument: str, value: int) -> int:
     return int(value)
 
 
-def check_inplace(fn: str, student: Tensor, teacher: Tensor) -> None:
-    """Logits that the gradient may be written over: nobody else's values are lost, and none is read after it is gone.
+def allows_inplace(fn: str, student: Tensor, teacher: Tensor) -> bool:
+    """Whether the gradient may be written over ``student``: not where the teacher is the very same elements.
 
-    They are contiguous, computed and no part of a parameter; a teacher beside them in memory is either the very same
-    elements, of which each is read before its place is written, or none of them.
+    Raises:
+        ValueError: values that somebody still needs would be lost: those of a parameter, of memory between the rows, or
+            of a teacher that shares some of the student's memory.
     """
     if not student.is_contiguous():
         raise ValueError(
@@ -168,14 +169,16 @@ def check_inplace(fn: str, student: Tensor, teacher: Tensor) -> None:
             "grad, whose values would be lost; pass inplace=False"
         )
     if not student.numel() or not teacher.numel():
-        return
+        return True
     (begin, end), (first, past) = _span(student), _span(teacher)
     same = teacher.dtype == student.dtype and teacher.shape == student.shape and teacher.is_contiguous()
-    if begin < past and first < end and not (same and begin == first):
+    apart = past <= begin or end <= first
+    if not apart and not (same and begin == first):
         raise ValueError(
             f"{fn}: expected a teacher with memory of its own, or of the student's very elements, with inplace=True, "
             "since the gradient is written over the student; got one that overlaps it in part; pass inplace=False"
         )
+    return apart
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -74,7 +74,8 @@ def fused_sort_kd(
         reduction: ``"mean"`` over the rows that count (``"batchmean"`` is another name of it), ``"sum"``, ``"none"``.
         ignore_index: rows with this label have loss 0, gradient 0 and do not count in the mean.
         inplace: write the gradient over ``student``, which the caller promises not to read again. A permission: the
-            reference backend, and any backend under ``torch.compile``, allocate a gradient all the same.
+            reference backend, and any backend under ``torch.compile`` or with the student as its own teacher, allocate
+            a gradient all the same.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the device's default.
         return_parts: return :class:`SortKDOutput` instead of the loss.
 
@@ -231,8 +232,7 @@ def _loss(
     if learned is not None:
         checks.check_temperature_tensor(fn, learned, student, target)
     inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if inplace:
-        checks.check_inplace(fn, student, teacher)
+    inplace = inplace and checks.allows_inplace(fn, student, teacher)
     if class_dim != -1:
         student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
     loss = ops.LOSS[backends.choose(fn, backend, student.device)]
