@@ -91,6 +91,13 @@ at::Tensor empty_logits(const at::Tensor& like) {
   return grad;
 }
 
+// A scalar 1 whose value the host has: the gradient that a plain loss.backward() starts from.
+bool is_one(const at::Tensor& grad_output) {
+  if (!grad_output.is_cpu() || grad_output.dim()) return false;
+  // .item() takes a microsecond.
+  return grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f : grad_output.item<double>() == 1.0;
+}
+
 template <typename Args, typename OnCpu, typename OnGpu>
 void launch(const at::Tensor& on, const Args& args, OnCpu&& on_cpu, OnGpu&& on_cuda) {
 #if defined(SORTKD_CUDA) || defined(SORTKD_SIMT)
@@ -222,7 +229,7 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
     return scaled;
   }
 #endif
-  if (grad.is_cpu() && grad_output.dim() == 0 && grad_output.item<double>() == 1.0) return keep ? grad.clone() : grad;
+  if (is_one(grad_output)) return keep ? grad.clone() : grad;
   if (keep) return (grad * (grad_output.dim() ? grad_output.unsqueeze(-1) : grad_output)).to(grad.scalar_type());
   if (!grad_output.dim() || grad.dim() == 1) return at::Tensor(grad).mul_(grad_output);
   // A product of half rows with float factors is made in float, at twice the memory: so only some rows at a time.

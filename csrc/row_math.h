@@ -49,23 +49,55 @@ struct RowTerms {
 };
 
 // A binary distribution by its log odds, each part at full precision however close to 0 or 1 the other is.
-template <typename T>
+template <typename V>
 struct Binary {
-  T log_label, log_others;
-  T label, others;
+  V log_label, log_others;
+  V label, others;
 };
 
-// Two transcendental calls: a row of a hundred classes takes no longer than its scalars.
+// How the functions below take their logarithms and make their choices; the CPU has another for the rows of a tile at a time.
 template <typename T>
-SORTKD_HD Binary<T> from_log_odds(T odds) {
-  const T small = std::exp(-std::fabs(odds));  // in [0, 1]
-  const T whole = T(1) + small;
+struct ScalarMath {
+  static SORTKD_HD T exp(T x) { return std::exp(x); }
+  static SORTKD_HD T log(T x) { return std::log(x); }
+  static SORTKD_HD T abs(T x) { return std::fabs(x); }
+  static SORTKD_HD T choose(bool condition, T yes, T no) { return condition ? yes : no; }
+};
+
+template <typename Math, typename V>
+SORTKD_HD Binary<V> from_log_odds(V odds) {
+  const V one(1), small = Math::exp(V(0) - Math::abs(odds));  // in [0, 1]
+  const V whole = one + small;
   // log1p: the correction undoes the rounding of 1 + small.
-  const T rest = whole == T(1) ? small : std::log(whole) * (small / (whole - T(1)));
-  const T large = T(1) / whole;
-  const bool likely = odds > T(0);
-  return {-(likely ? rest : rest - odds), -(likely ? rest + odds : rest), likely ? large : small * large,
-          likely ? small * large : large};
+  const V rest = Math::choose(whole == one, small, Math::log(whole) * (small / (whole - one)));
+  const V large = one / whole;
+  const auto likely = odds > V(0);
+  return {Math::choose(likely, V(0) - rest, odds - rest), Math::choose(likely, V(0) - rest - odds, V(0) - rest),
+          Math::choose(likely, large, small * large), Math::choose(likely, small * large, large)};
+}
+
+// The logarithms of a row's sums, and its label against the rest: of the student, the teacher and the student at temperature 1.
+template <typename V>
+struct RowLogs {
+  V log_z_student, log_z_teacher;
+  Binary<V> q, p, ce;
+};
+
+template <typename V, typename Math = ScalarMath<V>>
+SORTKD_HD RowLogs<V> row_logs(V z_student, V z_teacher, V z_ce, V label_student, V label_teacher, V label_ce, bool with_ce) {
+  RowLogs<V> logs;
+  logs.log_z_student = Math::log(z_student);
+  logs.log_z_teacher = Math::log(z_teacher);
+  logs.q = from_log_odds<Math>(label_student - logs.log_z_student);
+  logs.p = from_log_odds<Math>(label_teacher - logs.log_z_teacher);
+  logs.ce = with_ce ? from_log_odds<Math>(label_ce - Math::log(z_ce)) : Binary<V>{};
+  return logs;
+}
+
+template <typename T>
+SORTKD_HD RowLogs<T> row_logs(const RowSums<T>& sums, bool with_ce) {
+  return row_logs<T>(sums.z_student, sums.z_teacher, sums.z_ce, sums.v_label_student, sums.v_label_teacher, sums.v_label_ce,
+                     with_ce);
 }
 
 // p * x, and 0 where p is 0 whatever x is: what has no probability takes no part.
@@ -88,8 +120,8 @@ SORTKD_HD T mean_of(T sum, T z) {
 
 // `moments`: the three sums of that name are there, and u_dot_grad and grad_temperature are wanted.
 template <typename T>
-SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool decoupled, T alpha, T beta, bool with_ce,
-                                bool moments) {
+SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, const RowLogs<T>& logs, T temperature, bool decoupled, T alpha, T beta,
+                                bool with_ce, bool moments) {
   RowTerms<T> terms{};
   const T infinity = std::numeric_limits<T>::infinity();
   if (sums.v_label_student == infinity || sums.v_label_teacher == infinity) {
@@ -98,9 +130,8 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool deco
         terms.u_dot_grad = terms.grad_temperature = std::numeric_limits<T>::quiet_NaN();
     return terms;
   }
-  const T log_z_s = std::log(sums.z_student), log_z_t = std::log(sums.z_teacher);
-  const T odds_s = sums.v_label_student - log_z_s, odds_t = sums.v_label_teacher - log_z_t;
-  const Binary<T> q = from_log_odds(odds_s), p = from_log_odds(odds_t);
+  const T log_z_s = logs.log_z_student, log_z_t = logs.log_z_teacher;
+  const Binary<T>&q = logs.q, &p = logs.p;
   // A teacher that leaves nothing beside the label leaves nothing to match there; a student that has nothing there can match
   // no teacher that has.
   const bool teacher_alone = sums.z_teacher == T(0), student_alone = sums.z_student == T(0);
@@ -119,10 +150,9 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool deco
   terms.at_label = pull;
 
   if (with_ce) {
-    const Binary<T> ce = from_log_odds(sums.v_label_ce - std::log(sums.z_ce));
-    terms.ce = -ce.log_label;
-    terms.on_ce = mean_of(ce.others, sums.z_ce);
-    terms.ce_at_label = -ce.others;
+    terms.ce = -logs.ce.log_label;
+    terms.on_ce = mean_of(logs.ce.others, sums.z_ce);
+    terms.ce_at_label = -logs.ce.others;
   }
   if (moments) {
     const T mean_s = mean_of(sums.moment_student, sums.z_student);
@@ -133,7 +163,8 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, T temperature, bool deco
     terms.u_dot_grad = b * (mean_s - mean_s_under_t) + pull * (sums.v_label_student - mean_s);
     const T dodds_t = p.label * p.others * (sums.v_label_teacher - mean_t);
     // 0: one side of the label's odds is impossible for the teacher at any temperature, and the odds are infinite.
-    T v_dot_grad = b * covariance + expected(dodds_t, a * (odds_t - odds_s));
+    const T odds_gap = (sums.v_label_teacher - log_z_t) - (sums.v_label_student - log_z_s);
+    T v_dot_grad = b * covariance + expected(dodds_t, a * odds_gap);
     if (!decoupled) v_dot_grad -= expected(dodds_t, nckd);  // beta = 1 - p_y depends on the teacher too
     terms.grad_temperature = T(2) * temperature * f - temperature * (terms.u_dot_grad + v_dot_grad);
   }

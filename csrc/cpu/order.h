@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -56,8 +57,7 @@ inline int64_t collect_above(const Row<T>& row, Above<T>& above, int64_t rank) {
   }
   int64_t i = 0;
   for (; i + V::size() <= row.C && count < rank; i += V::size()) {
-    const V hit = (V::loadu(row.logits + i) > threshold) & V(T(1));
-    if (hit.zero_mask() != (1 << V::size()) - 1) collect(i, i + V::size());
+    if (lanes_above(V::loadu(row.logits + i), threshold)) collect(i, i + V::size());
   }
   if (count < rank) collect(i, row.C);
   return count;
@@ -83,15 +83,14 @@ inline void counting_sort(Above<T>& above, const T* row, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = row[entries[i].index];
   std::fill(values + count, values + count + kWidth, -std::numeric_limits<T>::infinity());
   if (static_cast<int64_t>(above.spare.size()) < count) above.spare.resize(above.entries.size());
-  const V one(T(1));
   for (int64_t i = 0; i < count; ++i) {
     const V value(values[i]);
     const int64_t own = i / kWidth * kWidth;
-    V before(T(0));
-    for (int64_t j = 0; j < own; j += kWidth) before = before + ((V::loadu(values + j) >= value) & one);
-    for (int64_t j = own; j < count; j += kWidth) before = before + ((V::loadu(values + j) > value) & one);
-    int64_t place = static_cast<int64_t>(sum_of(before));
-    for (int64_t j = own; j < i; ++j) place += values[j] == values[i];
+    const uint32_t before = (1u << (i - own)) - 1;
+    const V beside = V::loadu(values + own);
+    int place = std::popcount(lanes_above(beside, value) | (lanes_not_below(beside, value) & before));
+    for (int64_t j = 0; j < own; j += kWidth) place += std::popcount(lanes_not_below(V::loadu(values + j), value));
+    for (int64_t j = own + kWidth; j < count; j += kWidth) place += std::popcount(lanes_above(V::loadu(values + j), value));
     above.spare[place] = entries[i];
   }
   above.entries.swap(above.spare);

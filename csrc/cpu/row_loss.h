@@ -61,12 +61,12 @@ struct VectorSums {
 template <typename T, bool moments>
 using SumType = std::conditional_t<moments, double, T>;
 
-template <typename T, typename A>
+template <CeExp ce_exp, typename T, typename A>
 inline void add_lanes(RowSums<A>& sums, const VectorSums<T>& lanes) {
   sums.z_student += sum_of(lanes.student);
   sums.z_teacher += sum_of(lanes.teacher);
   sums.cross += sum_of(lanes.cross);
-  sums.z_ce += sum_of(lanes.ce);
+  if constexpr (ce_exp != CeExp::None) sums.z_ce += sum_of(lanes.ce);
   if constexpr (std::is_same_v<A, double>) {
     sums.moment_student += sum_of(lanes.moment_student);
     sums.moment_teacher += sum_of(lanes.moment_teacher);
@@ -126,7 +126,7 @@ inline RowSums<SumType<T, moments>> exponentiate(const Row<T>& student, const Ro
             }
           }
           if constexpr (moments)
-            add_lanes(sums, of_block);
+            add_lanes<ce_exp>(sums, of_block);
           else
             total += of_block;
         }
@@ -136,15 +136,16 @@ inline RowSums<SumType<T, moments>> exponentiate(const Row<T>& student, const Ro
         const V v_t = exponent_t(load_others(teacher, i));
         add(total, v_s, exponential(v_s, exps_s + i), v_t, exponential(v_t, exps_t + i));
       });
-  add_lanes(sums, total);
-  sums.cross *= kLn2;
-  sums.v_label_student = exponent_s(student.label_value) * kLn2;
-  sums.v_label_teacher = exponent_t(teacher.label_value) * kLn2;
+  add_lanes<ce_exp>(sums, total);
+  constexpr auto ln2 = static_cast<SumType<T, moments>>(kLn2);
+  sums.cross *= ln2;
+  sums.v_label_student = exponent_s(student.label_value) * ln2;
+  sums.v_label_teacher = exponent_t(teacher.label_value) * ln2;
   if constexpr (ce_exp != CeExp::None) sums.v_label_ce = sums.v_label_student * to_ce;
   if constexpr (moments) {
-    sums.moment_student *= kLn2;
-    sums.moment_teacher *= kLn2;
-    sums.moment_cross *= kLn2 * kLn2;
+    sums.moment_student *= ln2;
+    sums.moment_teacher *= ln2;
+    sums.moment_cross *= ln2 * ln2;
   }
   return sums;
 }
@@ -175,6 +176,44 @@ inline RowSums<SumType<T, moments>> row_sums(Row<T>& student, Row<T>& teacher, c
     if (row->reference == kLowest) row->reference = T(0);
   }
   return exponentiate<T, ce_exp, moments, sparse>(student, teacher, scale, ahead);
+}
+
+// The logarithms of a tile of rows, a row a lane: one by one they would take as long as the classes of a short row.
+template <typename T>
+struct VectorMath {
+  using V = Vec<T>;
+  static V exp(const V& x) { return x.exp(); }
+  static V log(const V& x) { return x.log(); }
+  static V abs(const V& x) { return x.abs(); }
+  static V choose(const V& condition, const V& yes, const V& no) { return V::blendv(no, yes, condition); }
+};
+
+template <typename T, typename State>
+inline void tile_logs(State* rows, int64_t count, bool with_ce) {
+  using V = Vec<T>;
+  constexpr int64_t kWidth = V::size();
+  for (int64_t first = 0; first < count; first += kWidth) {
+    const int64_t lanes = std::min(kWidth, count - first);
+    const auto gathered = [&](T RowSums<T>::*field) {
+      alignas(64) T values[kWidth] = {};
+      for (int64_t i = 0; i < lanes; ++i) values[i] = rows[first + i].sums.*field;
+      return V::loadu(values);
+    };
+    using S = RowSums<T>;
+    const RowLogs<V> of_lanes = row_logs<V, VectorMath<T>>(
+        gathered(&S::z_student), gathered(&S::z_teacher), gathered(&S::z_ce), gathered(&S::v_label_student),
+        gathered(&S::v_label_teacher), gathered(&S::v_label_ce), with_ce);
+    // Both structs are nothing but their fields, in one order.
+    constexpr int kFields = sizeof(RowLogs<T>) / sizeof(T);
+    alignas(64) T columns[kFields][kWidth];
+    static_assert(sizeof(RowLogs<V>) == sizeof(columns));
+    std::memcpy(columns, &of_lanes, sizeof(columns));
+    for (int64_t i = 0; i < lanes; ++i) {
+      T fields[kFields];
+      for (int f = 0; f < kFields; ++f) fields[f] = columns[f][i];
+      std::memcpy(&rows[first + i].logs, fields, sizeof(fields));
+    }
+  }
 }
 
 // `grad` may be the student's own memory: each logit is read for the last time just before its place is written.

@@ -67,6 +67,7 @@ struct RowState {
   MeanStd<T> of_student;
   Exponents<T> scale;
   RowSums<SumType<T, moments>> sums;
+  RowLogs<SumType<T, moments>> logs;
 };
 
 template <typename T, CeExp ce_exp, bool moments>
@@ -94,6 +95,7 @@ struct LossRows {
       for (int64_t r = 0; r < count; ++r) prepare(n + r, r, rows[r], work);
       for (int64_t r = 0; r < count; ++r)
         if (rows[r].counts) sum(rows[r], ahead(n + r, count, r, work));
+      take_logs(rows, count);
       for (int64_t r = 0; r < count; ++r) finish(n + r, rows[r], gradient_place(n + r, r, work));
       if (args.grad_student && !direct_student) store(n, count, work);
       n += count;
@@ -106,6 +108,14 @@ struct LossRows {
     row.sums = row.teacher.sparse
                    ? row_sums<T, ce_exp, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
                    : row_sums<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
+  }
+
+  void take_logs(RowState<T, moments>* rows, int64_t count) const {
+    constexpr bool with_ce = ce_exp != CeExp::None;
+    // A vector's logarithms take as long as those of four numbers. Those of double sums beside float rows have no vector.
+    if constexpr (!moments)
+      if (count >= 4) return tile_logs<T>(rows, count, with_ce);
+    for (int64_t r = 0; r < count; ++r) rows[r].logs = row_logs(rows[r].sums, with_ce);
   }
 
   // While row n is computed, in place r of a tile of `count`. Where there is nothing to fetch the addresses stay on one cached
@@ -211,7 +221,7 @@ struct LossRows {
       return;
     }
     using A = SumType<T, moments>;
-    const RowTerms<A> terms = row_terms<A>(row.sums, row.temperature, config.decoupled(), A(config.alpha), A(config.beta_of(C)),
+    const RowTerms<A> terms = row_terms<A>(row.sums, row.logs, row.temperature, config.decoupled(), A(config.alpha), A(config.beta_of(C)),
                                            ce_exp != CeExp::None, moments);
     *kd = static_cast<T>(terms.kd);
     if (ce) *ce = static_cast<T>(terms.ce);

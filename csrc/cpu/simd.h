@@ -131,6 +131,30 @@ inline Vec<float> count_above(Vec<float> count, Vec<float> x, Vec<float> thresho
 }
 #endif
 
+// A bit for each lane: whether a > b, and whether a >= b.
+template <typename T>
+inline uint32_t lanes_of(const Vec<T>& condition) {
+  return ~static_cast<uint32_t>((condition & Vec<T>(T(1))).zero_mask()) & ((1u << Vec<T>::size()) - 1);
+}
+template <typename T>
+inline uint32_t lanes_above(const Vec<T>& a, const Vec<T>& b) {
+  return lanes_of(a > b);
+}
+template <typename T>
+inline uint32_t lanes_not_below(const Vec<T>& a, const Vec<T>& b) {
+  return lanes_of(a >= b);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline uint32_t lanes_above(const Vec<float>& a, const Vec<float>& b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+template <>
+inline uint32_t lanes_not_below(const Vec<float>& a, const Vec<float>& b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+#endif
+
 template <typename T, typename F>
 inline T fold_lanes(const Vec<T>& v, F&& f) {
   alignas(64) T lanes[Vec<T>::size()];

@@ -96,7 +96,7 @@ template <bool general, typename T>
 __device__ __forceinline__ Coefficients<T> finish_row(const LossParams<T>& p, const RowHead<T>& head,
                                                       const RowSums<T>& sums, const Exponents<T>& x,
                                                       const Spread<T>& spread, T student_label, int rank, bool writer) {
-  const RowTerms<T> terms = row_terms(sums, head.temperature, p.decoupled, p.alpha, p.beta, p.with_ce, general);
+  const RowTerms<T> terms = row_terms(sums, row_logs(sums, p.with_ce), head.temperature, p.decoupled, p.alpha, p.beta, p.with_ce, general);
   if (writer) {
     p.kd[head.row] = head.counts ? terms.kd : T(0);
     if (p.with_ce) p.ce[head.row] = head.counts ? terms.ce : T(0);
