@@ -3,6 +3,7 @@
 //
 // float16 students are the exception: a probability of 1e-8 is 0 in float16, and a gradient scaler multiplies by 2^16 only in
 // the backward pass. Their gradient is made there, by the same kernel, with the scale multiplied in before the rounding.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -112,45 +113,64 @@ struct SortKdBackward : torch::autograd::Node {
   }
 };
 
+bool is_eager(const at::Tensor& student) {
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+#if defined(SORTKD_CUDA)
+  const bool has_kernels = student.is_cpu() || student.is_cuda();
+#else
+  const bool has_kernels = student.is_cpu();
+#endif
+  return has_kernels && !student.key_set().has_any(observed) &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
+}
+
 }  // namespace
 
-LossResult differentiable_loss(const LossTensors& tensors, const LossConfig& config, bool inplace) {
-  const at::Tensor temperature = tensors.temperature.value_or(at::Tensor());
-  for (const at::Tensor& t : {tensors.student, temperature})
+std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
+                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
+                                     bool inplace) {
+  if (!is_eager(student)) return std::nullopt;
+  const LossTensors tensors{student, teacher, teacher_indices, target, temperature};
+  const at::Tensor learned = temperature.value_or(at::Tensor());
+  for (const at::Tensor& t : {student, learned})
     TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(0).defined(),
                                 "sortkd_kernels: forward-mode derivatives of the fused losses are not implemented; "
                                 "backend=\"reference\" has them");
   const bool grads = at::GradMode::is_enabled();
   GradRequest request;
-  request.student = grads && tensors.student.requires_grad();
-  request.temperature = grads && temperature.defined() && temperature.requires_grad();
-  if (!request.student && !request.temperature) return forward(tensors, config, request);
+  request.student = grads && student.requires_grad();
+  request.temperature = grads && learned.defined() && learned.requires_grad();
+  if (!request.student && !request.temperature) {
+    const LossResult r = forward(tensors, config, request);
+    return LossOutput{r.loss, r.kd, r.ce, r.rank};
+  }
   request.inplace = inplace && request.student;
 
   auto node = make_node<SortKdBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(tensors.student, temperature));
+  node->set_next_edges(torch::autograd::collect_next_edges(student, learned));
   node->config = config;
   node->config.parts = false;
   node->request = request;
-  node->in_backward = request.student && tensors.student.scalar_type() == at::kHalf;
+  node->in_backward = request.student && student.scalar_type() == at::kHalf;
   if (node->in_backward) request.student = request.inplace = false;
   LossResult result;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     result = forward(tensors, config, request);
-    if (request.inplace) tensors.student.unsafeGetTensorImpl()->bump_version();
+    if (request.inplace) student.unsafeGetTensorImpl()->bump_version();
   }
   torch::autograd::set_history(result.loss, node);
   if (request.student) node->grad_student = SavedVariable(result.grad_student, false);
   if (request.temperature) node->grad_temperature = SavedVariable(result.grad_temperature, false);
-  if (request.temperature || node->in_backward) node->temperature = SavedInput(temperature);
+  if (request.temperature || node->in_backward) node->temperature = SavedInput(learned);
   if (node->in_backward) {
-    node->student = SavedInput(tensors.student);
-    node->teacher = SavedInput(tensors.teacher);
-    node->target = SavedInput(tensors.target);
-    if (tensors.teacher_indices) node->teacher_indices = SavedInput(*tensors.teacher_indices);
+    node->student = SavedInput(student);
+    node->teacher = SavedInput(teacher);
+    node->target = SavedInput(target);
+    if (teacher_indices) node->teacher_indices = SavedInput(*teacher_indices);
   }
-  return result;
+  return LossOutput{result.loss, result.kd, result.ce, result.rank};
 }
 
 }  // namespace sortkd

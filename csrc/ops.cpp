@@ -1,7 +1,6 @@
 // The compiled ops under the schemas of sortkd_kernels/ops.py, and the module with the loss for tensors with values.
 #include "ops.h"
 
-#include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -88,25 +87,6 @@ void sort_kd_forward(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::
 
 at::Tensor sort_logits_op(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index) {
   return sort_logits(teacher, target, static_cast<Correction>(correction), ignore_index);
-}
-
-// The student's values are there to be read: no trace, no transform, no mode that wants to see the ops.
-bool is_eager(const at::Tensor& student) {
-  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
-  constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  return has_kernels(student) && !student.key_set().has_any(observed) &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
-}
-
-using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// The loss past the dispatcher, whose argument parser costs more than the kernel at 64 x 100. Nothing where that cannot be.
-std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& indices,
-                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
-                                     bool inplace) {
-  if (!is_eager(student)) return std::nullopt;
-  LossResult r = differentiable_loss({student, teacher, indices, target, temperature}, config, inplace);
-  return LossOutput{r.loss, r.kd, r.ce, r.rank};
 }
 
 }  // namespace

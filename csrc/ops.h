@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <tuple>
 
 #include "loss_config.h"
 
@@ -39,21 +40,17 @@ constexpr auto kCudaKernelsOn = c10::DeviceType::CPU;
 constexpr auto kCudaKernelsOn = c10::DeviceType::CUDA;
 #endif
 
-inline bool has_kernels(const at::Tensor& t) {
-#if defined(SORTKD_CUDA)
-  return t.is_cpu() || t.is_cuda();
-#else
-  return t.is_cpu();
-#endif
-}
-
 LossResult forward(const LossTensors& tensors, const LossConfig& config, const GradRequest& request);
 at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Correction correction, int64_t ignore_index);
 
 // The student's gradient times the loss's own, a scalar or one value a row; in place unless `keep`.
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, bool keep);
 
-// forward() with autograd around it, for tensors with values.
-LossResult differentiable_loss(const LossTensors& tensors, const LossConfig& config, bool inplace);
+// (loss, kd, ce, rank) with autograd around forward(), past the dispatcher, whose argument parser costs more than the kernel at
+// 64 x 100. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
+using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
+                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
+                                     bool inplace);
 
 }  // namespace sortkd

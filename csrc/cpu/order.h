@@ -134,7 +134,7 @@ inline void order(Above<T>& above, const T* row, int64_t count) {
 
 // The label takes the largest value, each class above it the next lower one.
 template <typename T>
-inline void rotate(const Row<T>& row, T* corrected, Above<T>& above, int64_t rank) {
+inline void rotate_top(const Row<T>& row, T* corrected, Above<T>& above, int64_t rank) {
   const int64_t count = collect_above(row, above, rank);
   order(above, row.logits, count);
   const auto* entries = above.entries.data();
@@ -166,7 +166,7 @@ inline void correct(Row<T>& row, T* scratch, Above<T>& above, Correction correct
   if (rank == 0 || correction == Correction::None) return;
   if (row.logits != scratch) std::copy(row.logits, row.logits + row.C, scratch);
   if (correction == Correction::Sort)
-    rotate(row, scratch, above, rank);
+    rotate_top(row, scratch, above, rank);
   else
     swap_with_largest(row, scratch);
   row.logits = scratch;

@@ -241,22 +241,6 @@ struct LossRows {
 };
 
 template <typename T>
-inline void choose_loss_rows(const RowLoop& loop, int64_t begin, int64_t end) {
-  const LossConfig& config = loop.args.config;
-  const auto run = [&](auto rows) { rows.run(begin, end); };
-  if (config.standardize || loop.args.grad_temperature)
-    return config.with_ce() ? run(LossRows<T, CeExp::Own, true>{loop}) : run(LossRows<T, CeExp::None, true>{loop});
-  if (!config.with_ce()) return run(LossRows<T, CeExp::None, false>{loop});
-  // Row temperatures differ: no one power fits them.
-  double temperature = config.temperature;
-  if (loop.args.temperature) temperature = loop.args.temperature_stride ? 0 : *static_cast<const T*>(loop.args.temperature);
-  if (temperature == 1) return run(LossRows<T, CeExp::Power1, false>{loop});
-  if (temperature == 2) return run(LossRows<T, CeExp::Power2, false>{loop});
-  if (temperature == 4) return run(LossRows<T, CeExp::Power4, false>{loop});
-  run(LossRows<T, CeExp::Own, false>{loop});
-}
-
-template <typename T>
 inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
   const int64_t C = args.C;
   Workspace<T> work({args.rows, C, 1}, 0);
@@ -281,7 +265,19 @@ inline void sort_rows(const SortArgs& args, int64_t begin, int64_t end) {
 
 // The overloads that launcher.cpp chooses from.
 void loss_rows(const RowLoop& loop, int64_t begin, int64_t end, SORTKD_ACC) {
-  choose_loss_rows<SORTKD_ACC>(loop, begin, end);
+  using T = SORTKD_ACC;
+  const LossConfig& config = loop.args.config;
+  const auto run = [&](auto rows) { rows.run(begin, end); };
+  if (config.standardize || loop.args.grad_temperature)
+    return config.with_ce() ? run(LossRows<T, CeExp::Own, true>{loop}) : run(LossRows<T, CeExp::None, true>{loop});
+  if (!config.with_ce()) return run(LossRows<T, CeExp::None, false>{loop});
+  // Row temperatures differ: no one power fits them.
+  double temperature = config.temperature;
+  if (loop.args.temperature) temperature = loop.args.temperature_stride ? 0 : *static_cast<const T*>(loop.args.temperature);
+  if (temperature == 1) return run(LossRows<T, CeExp::Power1, false>{loop});
+  if (temperature == 2) return run(LossRows<T, CeExp::Power2, false>{loop});
+  if (temperature == 4) return run(LossRows<T, CeExp::Power4, false>{loop});
+  run(LossRows<T, CeExp::Own, false>{loop});
 }
 void corrected_rows(const SortArgs& args, int64_t begin, int64_t end, SORTKD_ACC) {
   sort_rows<SORTKD_ACC>(args, begin, end);
