@@ -56,7 +56,7 @@ struct SortKdBackward : torch::autograd::Node {
   GradRequest request;
   bool in_backward = false;  // the student's gradient is still to be made
   SavedVariable grad_student, grad_temperature;
-  SavedInput student, teacher, teacher_indices, target, temperature;
+  SavedInput student, teacher, teacher_indices, target, temperature, row_scale;
 
   std::string name() const override { return "SortKdBackward"; }
 
@@ -78,7 +78,7 @@ struct SortKdBackward : torch::autograd::Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     grad_student.reset_data(), grad_temperature.reset_data();
-    for (SavedInput* input : {&student, &teacher, &teacher_indices, &target, &temperature}) input->reset();
+    for (SavedInput* input : {&student, &teacher, &teacher_indices, &target, &temperature, &row_scale}) input->reset();
   }
 
  private:
@@ -89,7 +89,8 @@ struct SortKdBackward : torch::autograd::Node {
     const bool inplace = request.inplace && !keeps_graph();
     // An op before this one may have saved these logits: it must see that they are gone.
     if (inplace) student.unpack().unsafeGetTensorImpl()->bump_version();
-    return forward(tensors, config, {grad_output, true, false, inplace}).grad_student;
+    const at::Tensor scale = row_scale.unpack();
+    return forward(tensors, config, {scale.defined() ? grad_output * scale : grad_output, true, false, inplace}).grad_student;
   }
 
   at::Tensor of_temperature(const at::Tensor& grad_output) {
@@ -113,6 +114,21 @@ struct SortKdBackward : torch::autograd::Node {
   }
 };
 
+// forward() with each row's loss, and its gradient, multiplied by `row_scale` before the reduction.
+LossResult scaled_forward(const LossTensors& tensors, const LossConfig& config, const OptionalTensor& row_scale,
+                          GradRequest request) {
+  if (!row_scale) return forward(tensors, config, request);
+  LossConfig by_row = config;
+  by_row.reduction = Reduction::None;
+  request.grad_output = row_scale;
+  LossResult r = forward(tensors, by_row, request);
+  for (at::Tensor* term : {&r.loss, &r.kd, &r.ce})
+    if (term->defined()) *term = config.reduction == Reduction::None ? term->mul(*row_scale) : term->mul(*row_scale).sum();
+  return r;
+}
+
+LossOutput output_of(const LossResult& r) { return {r.loss, r.kd, r.ce, r.rank}; }
+
 bool is_eager(const at::Tensor& student) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
   constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
@@ -128,8 +144,8 @@ bool is_eager(const at::Tensor& student) {
 }  // namespace
 
 std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
-                                     bool inplace) {
+                                     const at::Tensor& target, const OptionalTensor& temperature,
+                                     const OptionalTensor& row_scale, const LossConfig& config, bool inplace) {
   if (!is_eager(student)) return std::nullopt;
   const LossTensors tensors{student, teacher, teacher_indices, target, temperature};
   const at::Tensor learned = temperature.value_or(at::Tensor());
@@ -141,10 +157,7 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
   GradRequest request;
   request.student = grads && student.requires_grad();
   request.temperature = grads && learned.defined() && learned.requires_grad();
-  if (!request.student && !request.temperature) {
-    const LossResult r = forward(tensors, config, request);
-    return LossOutput{r.loss, r.kd, r.ce, r.rank};
-  }
+  if (!request.student && !request.temperature) return output_of(scaled_forward(tensors, config, row_scale, request));
   request.inplace = inplace && request.student;
 
   auto node = make_node<SortKdBackward>();
@@ -157,7 +170,7 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
   LossResult result;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    result = forward(tensors, config, request);
+    result = scaled_forward(tensors, config, row_scale, request);
     if (request.inplace) student.unsafeGetTensorImpl()->bump_version();
   }
   torch::autograd::set_history(result.loss, node);
@@ -169,8 +182,9 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
     node->teacher = SavedInput(teacher);
     node->target = SavedInput(target);
     if (teacher_indices) node->teacher_indices = SavedInput(*teacher_indices);
+    if (row_scale) node->row_scale = SavedInput(*row_scale);
   }
-  return LossOutput{result.loss, result.kd, result.ce, result.rank};
+  return output_of(result);
 }
 
 }  // namespace sortkd

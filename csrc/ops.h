@@ -47,10 +47,11 @@ at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Corr
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, bool keep);
 
 // (loss, kd, ce, rank) with autograd around forward(), past the dispatcher, whose argument parser costs more than the kernel at
-// 64 x 100. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
+// 64 x 100. `row_scale` multiplies each row's loss and gradient, a scalar or one value a row, before the reduction, which is then
+// a sum or none. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
 using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
-                                     bool inplace);
+                                     const at::Tensor& target, const OptionalTensor& temperature,
+                                     const OptionalTensor& row_scale, const LossConfig& config, bool inplace);
 
 }  // namespace sortkd

@@ -31,32 +31,34 @@ class Kernels(NamedTuple):
 
 def loss(
     kernels: Kernels, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
-    temperature: Tensor | None, config: tuple[Any, ...], inplace: bool,
+    temperature: Tensor | None, row_scale: Tensor | None, config: Any, inplace: bool,
 ) -> Parts:  # fmt: skip
     """``(loss, kd, ce, rank)``, differentiable. In a trace the permission to write in place is not used."""
     inputs = student, teacher, teacher_indices, target, temperature
     # Inside a Function a tensor asks for its gradient under torch.no_grad() too, and would get its memory.
     learned = temperature is not None and temperature.requires_grad
     if torch.is_grad_enabled() and (student.requires_grad or learned):
-        return _Loss.apply(student, temperature, kernels, inputs[1:4], config, inplace and _has_values(student))
-    return _forward(kernels, inputs, config, None, False, False)[:4]
+        inplace = inplace and _has_values(student)
+        return _Loss.apply(student, temperature, kernels, inputs[1:4], row_scale, config, inplace)
+    return _scaled_forward(kernels, inputs, row_scale, config, False, False)[:4]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, temperature: Tensor | None, kernels: Kernels, others: tuple[Tensor | None, ...],
-        config: tuple[Any, ...], inplace: bool,
+        row_scale: Tensor | None, config: Any, inplace: bool,
     ) -> Parts:  # fmt: skip
         asked_student, asked_temperature = ctx.needs_input_grad[:2]
         ctx.kernels, ctx.config, ctx.inplace = kernels, config, inplace and asked_student
         ctx.in_backward = student.dtype == torch.float16 and asked_student
         inputs = student, *others, temperature
         now = asked_student and not ctx.in_backward
-        *parts, grad_student, grad_temperature = _forward(
-            kernels, inputs, config, None, now, asked_temperature, ctx.inplace and now
+        *parts, grad_student, grad_temperature = _scaled_forward(
+            kernels, inputs, row_scale, config, now, asked_temperature, ctx.inplace and now
         )
-        _save(ctx, grad_student, grad_temperature, temperature, *(inputs[:4] if ctx.in_backward else ()))
+        late = (row_scale, *inputs[:4]) if ctx.in_backward else ()
+        _save(ctx, grad_student, grad_temperature, temperature, *late)
         ctx.mark_non_differentiable(*parts[1:])
         return tuple(parts)
 
@@ -74,7 +76,9 @@ class _Loss(torch.autograd.Function):
         elif ctx.in_backward:
             # A kept graph reads the logits again.
             inplace = ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph()
-            request = grad_output, True, False, inplace
+            row_scale, *inputs = inputs
+            scale = grad_output if row_scale is None else grad_output * row_scale
+            request = scale, True, False, inplace
             grad_student = _forward(ctx.kernels, (*inputs, temperature), ctx.config, *request)[4]
         else:
             grad_student = _scaled(ctx.kernels, grad_student, grad_output)
@@ -82,11 +86,28 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = rows * grad_output.reshape(-1)
             grad_temperature = (rows.view_as(temperature) if temperature.dim() else rows.sum()).to(temperature.dtype)
-        return grad_student, grad_temperature, None, None, None, None
+        return grad_student, grad_temperature, None, None, None, None, None
+
+
+def _scaled_forward(
+    kernels: Kernels, inputs: tuple[Tensor | None, ...], row_scale: Tensor | None, config: Any, *request: bool
+) -> tuple[Tensor, ...]:
+    """The forward pass with each row's loss, and its gradient, multiplied by ``row_scale``."""
+    if row_scale is None:
+        return _forward(kernels, inputs, config, None, *request)
+    loss, kd, ce, *others = _forward(kernels, inputs, config._replace(reduction=0), row_scale, *request)
+    if config.parts:
+        kd, ce = reduced(kd, row_scale, config), reduced(ce, row_scale, config)
+    return reduced(loss, row_scale, config), kd, ce, *others
+
+
+def reduced(rows: Tensor, row_scale: Tensor, config: Any) -> Tensor:
+    """Row values times ``row_scale``, and their sum where there is a reduction."""
+    return (rows * row_scale).sum() if config.reduction else rows * row_scale
 
 
 def _forward(
-    kernels: Kernels, inputs: tuple[Tensor | None, ...], config: tuple[Any, ...], grad_output: Tensor | None,
+    kernels: Kernels, inputs: tuple[Tensor | None, ...], config: Any, grad_output: Tensor | None,
     grad_student: bool, grad_temperature: bool, inplace: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     student, *others = inputs

@@ -66,13 +66,15 @@ def check_teacher(fn: str, student: Tensor, teacher: Tensor) -> None:
     check_device(fn, "student", student, "teacher", teacher)
 
 
-def check_frozen(fn: str, argument: str, teacher: Tensor) -> None:
-    """No gradient flows to a teacher: one that asks for it is a mistake in the caller's code."""
-    if teacher.requires_grad:
-        raise ValueError(
-            f"{fn}: expected {argument} without requires_grad, since no gradient flows to the teacher; "
-            "run the teacher under torch.no_grad() or pass its logits .detach()ed"
-        )
+_TO_THE_TEACHER = (
+    "no gradient flows to the teacher; run the teacher under torch.no_grad() or pass its logits .detach()ed"
+)
+
+
+def check_frozen(fn: str, argument: str, tensor: Tensor, reason: str = _TO_THE_TEACHER) -> None:
+    """A tensor that no gradient is asked for: one that asks is a mistake in the caller's code."""
+    if tensor.requires_grad:
+        raise ValueError(f"{fn}: expected {argument} without requires_grad, since {reason}")
 
 
 def check_device(fn: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
@@ -121,6 +123,36 @@ def check_temperature_tensor(fn: str, temperature: Tensor, student: Tensor, targ
             f"got {tuple(temperature.shape)}"
         )
     check_device(fn, "student", student, "temperature", temperature)
+
+
+def check_row_weight(fn: str, row_weight: Tensor, student: Tensor, target: Tensor) -> None:
+    """One float for each row, without a gradient of its own; its values are not read."""
+    if not isinstance(row_weight, Tensor) or row_weight.dtype not in FLOAT_DTYPES:
+        kind = _dtype(row_weight) if isinstance(row_weight, Tensor) else type(row_weight).__name__
+        raise TypeError(f"{fn}: expected row_weight to be a tensor of a float dtype, got {kind}")
+    if row_weight.shape != target.shape:
+        raise ValueError(
+            f"{fn}: expected row_weight of shape {tuple(target.shape)}, one value a row, got {tuple(row_weight.shape)}"
+        )
+    check_frozen(fn, "row_weight", row_weight, "no gradient flows to the weights of the rows; pass them .detach()ed")
+    check_device(fn, "student", student, "row_weight", row_weight)
+
+
+def check_denominator(fn: str, denominator: float | Tensor, student: Tensor, reduction: str) -> None:
+    """A positive number, or a 0-d tensor whose value is not read, beside ``reduction="sum"``."""
+    if reduction != "sum":
+        raise ValueError(
+            f'{fn}: expected reduction="sum" with a denominator, got reduction={reduction!r}, which has its own'
+        )
+    if not isinstance(denominator, Tensor):
+        if as_float(fn, "denominator", denominator) <= 0:
+            raise ValueError(f"{fn}: expected denominator to be positive, got {denominator}")
+        return
+    if denominator.dim():
+        raise ValueError(f"{fn}: expected denominator to be a number or a 0-d tensor, got {tuple(denominator.shape)}")
+    check_frozen(fn, "denominator", denominator, "no gradient flows to it; pass it .detach()ed")
+    if denominator.device.type != "cpu":  # that of a CPU scalar goes anywhere, as in PyTorch's own arithmetic
+        check_device(fn, "student", student, "denominator", denominator)
 
 
 def as_float(fn: str, argument: str, value: float) -> float:

@@ -47,6 +47,8 @@ def fused_sort_kd(
     standardize: bool = False,
     class_dim: int = -1,
     reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     ignore_index: int = -100,
     inplace: bool = False,
     backend: str | None = None,
@@ -72,6 +74,8 @@ def fused_sort_kd(
         standardize: replace both sides' logits by their z-score over the classes (LSKD).
         class_dim: the dimension of the classes; 1 takes ``[N, C, H, W]`` logits with ``[N, H, W]`` labels.
         reduction: ``"mean"`` over the rows that count (``"batchmean"`` is another name of it), ``"sum"``, ``"none"``.
+        denominator: what a ``"sum"`` is divided by, a number or a 0-d tensor: tokens of all micro-batches and ranks.
+        row_weight: multiplies each row's loss, ``[...]``; a mean divides by the count of the rows all the same.
         ignore_index: rows with this label have loss 0, gradient 0 and do not count in the mean.
         inplace: write the gradient over ``student``, which the caller promises not to read again. A permission: the
             reference backend, and any backend under ``torch.compile`` or with the student as its own teacher, allocate
@@ -89,7 +93,8 @@ def fused_sort_kd(
     """
     options = _options("fused_sort_kd", temperature, correction, kd_weight, 1.0, None, ce_weight, standardize, False,
                        reduction, ignore_index, return_parts)  # fmt: skip
-    return _loss("fused_sort_kd", student, teacher, None, target, temperature, options, class_dim, inplace, backend)
+    return _loss("fused_sort_kd", student, teacher, None, target, temperature, options, class_dim, denominator,
+                 row_weight, inplace, backend)  # fmt: skip
 
 
 def fused_sort_dkd(
@@ -106,6 +111,8 @@ def fused_sort_dkd(
     standardize: bool = False,
     class_dim: int = -1,
     reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     ignore_index: int = -100,
     inplace: bool = False,
     backend: str | None = None,
@@ -132,7 +139,8 @@ def fused_sort_dkd(
     checks.as_float("fused_sort_dkd", "beta", beta)  # None would be KD
     options = _options("fused_sort_dkd", temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, False,
                        reduction, ignore_index, return_parts)  # fmt: skip
-    return _loss("fused_sort_dkd", student, teacher, None, target, temperature, options, class_dim, inplace, backend)
+    return _loss("fused_sort_dkd", student, teacher, None, target, temperature, options, class_dim, denominator,
+                 row_weight, inplace, backend)  # fmt: skip
 
 
 def fused_sort_kd_topk(
@@ -147,6 +155,8 @@ def fused_sort_kd_topk(
     ce_weight: float = 0.0,
     kd_weight: float = 1.0,
     reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     ignore_index: int = -100,
     inplace: bool = False,
     backend: str | None = None,
@@ -183,7 +193,8 @@ def fused_sort_kd_topk(
     checks.check_choice(fn, "tail", tail, checks.TAILS)
     options = _options(fn, temperature, correction, kd_weight, 1.0, None, ce_weight, False, tail == "uniform",
                        reduction, ignore_index, return_parts)  # fmt: skip
-    return _loss(fn, student, teacher_values, teacher_indices, target, temperature, options, -1, inplace, backend)
+    return _loss(fn, student, teacher_values, teacher_indices, target, temperature, options, -1, denominator,
+                 row_weight, inplace, backend)  # fmt: skip
 
 
 def sort_logits(
@@ -219,7 +230,8 @@ def sort_logits(
 
 def _loss(
     fn: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
-    temperature: float | Tensor, config: ops.LossConfig, class_dim: int, inplace: bool, backend: str | None,
+    temperature: float | Tensor, config: ops.LossConfig, class_dim: int, denominator: float | Tensor | None,
+    row_weight: Tensor | None, inplace: bool, backend: str | None,
 ) -> Tensor | SortKDOutput:  # fmt: skip
     """Every public loss: check the tensors, view them with their classes last, call the backend."""
     checks.check_logits(fn, "student", student)
@@ -231,13 +243,35 @@ def _loss(
     learned = temperature if isinstance(temperature, Tensor) else None
     if learned is not None:
         checks.check_temperature_tensor(fn, learned, student, target)
+    row_scale = None
+    if denominator is not None or row_weight is not None:
+        row_scale, config = _row_scale(fn, student, teacher, target, config, denominator, row_weight)
     inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     inplace = inplace and checks.allows_inplace(fn, student, teacher)
     if class_dim != -1:
         student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
     loss = ops.LOSS[backends.choose(fn, backend, student.device)]
-    parts = loss(student, teacher, teacher_indices, target, learned, config, inplace)
+    parts = loss(student, teacher, teacher_indices, target, learned, row_scale, config, inplace)
     return SortKDOutput(*parts) if config.parts else parts[0]
+
+
+def _row_scale(
+    fn: str, student: Tensor, teacher: Tensor, target: Tensor, config: ops.LossConfig,
+    denominator: float | Tensor | None, row_weight: Tensor | None,
+) -> tuple[Tensor, ops.LossConfig]:  # fmt: skip
+    """What multiplies the loss of each row, and the options of the reduction that is left: a sum, or none."""
+    scale = torch.ones((), device=student.device)
+    if row_weight is not None:
+        checks.check_row_weight(fn, row_weight, student, target)
+        scale = row_weight
+    reduction = checks.REDUCTIONS[config.reduction]
+    if denominator is not None:
+        checks.check_denominator(fn, denominator, student, reduction)
+        scale = scale / denominator
+    if reduction == "mean":
+        scale, reduction = scale / (target != config.ignore_index).sum(), "sum"
+    scale = scale.to(ops.arithmetic(student, teacher))
+    return scale, config._replace(reduction=checks.REDUCTIONS.index(reduction))
 
 
 def _options(fn: str, temperature: float | Tensor, correction: str, *others: Any) -> ops.LossConfig:

@@ -98,7 +98,7 @@ def _fake_sort(teacher: Tensor, target: Tensor, correction: int, ignore_index: i
 
 def reference_loss(
     student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor, temperature: Tensor | None,
-    config: LossConfig, inplace: bool,
+    row_scale: Tensor | None, config: LossConfig, inplace: bool,
 ) -> autograd.Parts:  # fmt: skip
     """:func:`reference.loss_rows` as a backend: any layout, arithmetic in float32 or float64, reduced."""
     work, classes, rows = arithmetic(student, teacher), student.shape[-1], target.reshape(-1)
@@ -120,16 +120,18 @@ def reference_loss(
     if config.ce_weight:  # 0 * inf is not 0
         weighted = weighted + config.ce_weight * ce
     # The parts have sums of their own: where a weight is 1, torch.compile would make loss and part one detached tensor.
-    loss, kd, ce = (_reduced(x, target, config) for x in (weighted, kd.detach(), ce.detach()))
+    terms = (x.reshape(target.shape) for x in (weighted, kd.detach(), ce.detach()))
+    loss, kd, ce = (_reduced(x, target, row_scale, config) for x in terms)
     return loss, kd, ce, rank.reshape(target.shape)
 
 
-def _reduced(values: Tensor, target: Tensor, config: LossConfig) -> Tensor:
+def _reduced(rows: Tensor, target: Tensor, row_scale: Tensor | None, config: LossConfig) -> Tensor:
+    if row_scale is not None:
+        return autograd.reduced(rows, row_scale, config)
     reduction = checks.REDUCTIONS[config.reduction]
     if reduction == "none":
-        return values.reshape(target.shape)
-    total = values.sum()
-    return total if reduction == "sum" else total / (target != config.ignore_index).sum()
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / (target != config.ignore_index).sum()
 
 
 def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
@@ -156,7 +158,8 @@ def check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int 
         )
 
 
-# By backend, `(student, teacher, teacher_indices, target, temperature, config, inplace) -> (loss, kd, ce, rank)` ...
+# By backend, `(student, teacher, teacher_indices, target, temperature, row_scale, config, inplace)
+# -> (loss, kd, ce, rank)` ...
 LOSS: dict[str, Callable[..., autograd.Parts]] = {"reference": reference_loss}
 # ... and `(teacher, target, correction, ignore_index) -> corrected`.
 SORT_LOGITS: dict[str, Callable[..., Tensor]] = {"reference": reference_sort_logits}
