@@ -85,7 +85,7 @@ struct SortKdBackward : torch::autograd::Node {
   at::Tensor made_now(const at::Tensor& grad_output) {
     const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t.detach()) : std::nullopt; };
     const LossTensors tensors{student.unpack().detach(), teacher.unpack(), optional(teacher_indices.unpack()),
-                              target.unpack(), optional(temperature.unpack())};
+                              target.unpack(), optional(temperature.unpack()), std::nullopt};
     const bool inplace = request.inplace && !keeps_graph();
     // An op before this one may have saved these logits: it must see that they are gone.
     if (inplace) student.unpack().unsafeGetTensorImpl()->bump_version();
@@ -114,19 +114,6 @@ struct SortKdBackward : torch::autograd::Node {
   }
 };
 
-// forward() with each row's loss, and its gradient, multiplied by `row_scale` before the reduction.
-LossResult scaled_forward(const LossTensors& tensors, const LossConfig& config, const OptionalTensor& row_scale,
-                          GradRequest request) {
-  if (!row_scale) return forward(tensors, config, request);
-  LossConfig by_row = config;
-  by_row.reduction = Reduction::None;
-  request.grad_output = row_scale;
-  LossResult r = forward(tensors, by_row, request);
-  for (at::Tensor* term : {&r.loss, &r.kd, &r.ce})
-    if (term->defined()) *term = config.reduction == Reduction::None ? term->mul(*row_scale) : term->mul(*row_scale).sum();
-  return r;
-}
-
 LossOutput output_of(const LossResult& r) { return {r.loss, r.kd, r.ce, r.rank}; }
 
 bool is_eager(const at::Tensor& student) {
@@ -147,7 +134,7 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
                                      const at::Tensor& target, const OptionalTensor& temperature,
                                      const OptionalTensor& row_scale, const LossConfig& config, bool inplace) {
   if (!is_eager(student)) return std::nullopt;
-  const LossTensors tensors{student, teacher, teacher_indices, target, temperature};
+  const LossTensors tensors{student, teacher, teacher_indices, target, temperature, row_scale};
   const at::Tensor learned = temperature.value_or(at::Tensor());
   for (const at::Tensor& t : {student, learned})
     TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(0).defined(),
@@ -157,7 +144,7 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
   GradRequest request;
   request.student = grads && student.requires_grad();
   request.temperature = grads && learned.defined() && learned.requires_grad();
-  if (!request.student && !request.temperature) return output_of(scaled_forward(tensors, config, row_scale, request));
+  if (!request.student && !request.temperature) return output_of(forward(tensors, config, request));
   request.inplace = inplace && request.student;
 
   auto node = make_node<SortKdBackward>();
@@ -170,7 +157,7 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
   LossResult result;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    result = scaled_forward(tensors, config, row_scale, request);
+    result = forward(tensors, config, request);
     if (request.inplace) student.unsafeGetTensorImpl()->bump_version();
   }
   torch::autograd::set_history(result.loss, node);

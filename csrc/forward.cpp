@@ -162,10 +162,12 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
     return converted;
   };
   const at::Tensor temperatures = as_acc(tensors.temperature, "temperature", args.temperature, args.temperature_stride);
-  const at::Tensor grad_output = as_acc(request.grad_output, "grad_output", args.grad_output, args.grad_output_stride);
+  const OptionalTensor& factor = tensors.row_scale ? tensors.row_scale : request.grad_output;
+  const at::Tensor grad_output = as_acc(factor, "grad_output", args.grad_output, args.grad_output_stride);
+  if (tensors.row_scale) args.config.reduction = Reduction::None;
 
   LossResult result;
-  const at::IntArrayRef shape = config.reduction == Reduction::None ? target.sizes() : at::IntArrayRef();
+  const at::IntArrayRef shape = args.config.reduction == Reduction::None ? target.sizes() : at::IntArrayRef();
   result.loss = at::empty(shape, acc);
   args.loss = result.loss.data_ptr();
   if (config.parts) {
@@ -191,6 +193,9 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
       [&](const auto& a) {
         check_launch(cuda::run_loss(a, scratch_of(cuda::scratch_bytes(a)).data_ptr(), current_stream()));
       });
+  if (tensors.row_scale)
+    for (at::Tensor* term : {&result.loss, &result.kd, &result.ce})
+      if (term->defined()) *term = config.reduction == Reduction::None ? *term * grad_output : (*term * grad_output).sum();
   if (request.student && !in_memory) result.grad_student = at::empty_like(student).copy_(result.grad_student);
   return result;
 }

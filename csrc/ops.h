@@ -18,11 +18,12 @@ struct LossTensors {
   OptionalTensor teacher_indices;
   at::Tensor target;
   OptionalTensor temperature;
+  OptionalTensor row_scale;  // multiplies each row's loss and gradient before the reduction, which is then a sum or none
 };
 
 // Which gradients are wanted, and where the student's goes.
 struct GradRequest {
-  OptionalTensor grad_output;  // multiplied in before the one rounding
+  OptionalTensor grad_output;  // multiplied in before the one rounding; not beside a row_scale
   bool student = false;
   bool temperature = false;
   bool inplace = false;        // over the student's own storage
@@ -47,8 +48,7 @@ at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Corr
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, bool keep);
 
 // (loss, kd, ce, rank) with autograd around forward(), past the dispatcher, whose argument parser costs more than the kernel at
-// 64 x 100. `row_scale` multiplies each row's loss and gradient, a scalar or one value a row, before the reduction, which is then
-// a sum or none. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
+// 64 x 100. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
 using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
                                      const at::Tensor& target, const OptionalTensor& temperature,

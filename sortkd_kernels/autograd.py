@@ -34,31 +34,30 @@ def loss(
     temperature: Tensor | None, row_scale: Tensor | None, config: Any, inplace: bool,
 ) -> Parts:  # fmt: skip
     """``(loss, kd, ce, rank)``, differentiable. In a trace the permission to write in place is not used."""
-    inputs = student, teacher, teacher_indices, target, temperature
+    inputs = student, teacher, teacher_indices, target, temperature, row_scale
     # Inside a Function a tensor asks for its gradient under torch.no_grad() too, and would get its memory.
     learned = temperature is not None and temperature.requires_grad
     if torch.is_grad_enabled() and (student.requires_grad or learned):
-        inplace = inplace and _has_values(student)
-        return _Loss.apply(student, temperature, kernels, inputs[1:4], row_scale, config, inplace)
-    return _scaled_forward(kernels, inputs, row_scale, config, False, False)[:4]
+        others = teacher, teacher_indices, target, row_scale
+        return _Loss.apply(student, temperature, kernels, others, config, inplace and _has_values(student))
+    return _forward(kernels, inputs, config, None, False, False)[:4]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, temperature: Tensor | None, kernels: Kernels, others: tuple[Tensor | None, ...],
-        row_scale: Tensor | None, config: Any, inplace: bool,
+        config: Any, inplace: bool,
     ) -> Parts:  # fmt: skip
         asked_student, asked_temperature = ctx.needs_input_grad[:2]
         ctx.kernels, ctx.config, ctx.inplace = kernels, config, inplace and asked_student
         ctx.in_backward = student.dtype == torch.float16 and asked_student
-        inputs = student, *others, temperature
         now = asked_student and not ctx.in_backward
-        *parts, grad_student, grad_temperature = _scaled_forward(
-            kernels, inputs, row_scale, config, now, asked_temperature, ctx.inplace and now
+        inputs = student, *others[:3], temperature, others[3]
+        *parts, grad_student, grad_temperature = _forward(
+            kernels, inputs, config, None, now, asked_temperature, ctx.inplace and now
         )
-        late = (row_scale, *inputs[:4]) if ctx.in_backward else ()
-        _save(ctx, grad_student, grad_temperature, temperature, *late)
+        _save(ctx, grad_student, grad_temperature, temperature, *(inputs if ctx.in_backward else ()))
         ctx.mark_non_differentiable(*parts[1:])
         return tuple(parts)
 
@@ -76,29 +75,16 @@ class _Loss(torch.autograd.Function):
         elif ctx.in_backward:
             # A kept graph reads the logits again.
             inplace = ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph()
-            row_scale, *inputs = inputs
+            *inputs, row_scale = inputs
             scale = grad_output if row_scale is None else grad_output * row_scale
-            request = scale, True, False, inplace
-            grad_student = _forward(ctx.kernels, (*inputs, temperature), ctx.config, *request)[4]
+            grad_student = _forward(ctx.kernels, (*inputs, None), ctx.config, scale, True, False, inplace)[4]
         else:
             grad_student = _scaled(ctx.kernels, grad_student, grad_output)
         grad_temperature = None
         if ctx.needs_input_grad[1]:
             rows = rows * grad_output.reshape(-1)
             grad_temperature = (rows.view_as(temperature) if temperature.dim() else rows.sum()).to(temperature.dtype)
-        return grad_student, grad_temperature, None, None, None, None, None
-
-
-def _scaled_forward(
-    kernels: Kernels, inputs: tuple[Tensor | None, ...], row_scale: Tensor | None, config: Any, *request: bool
-) -> tuple[Tensor, ...]:
-    """The forward pass with each row's loss, and its gradient, multiplied by ``row_scale``."""
-    if row_scale is None:
-        return _forward(kernels, inputs, config, None, *request)
-    loss, kd, ce, *others = _forward(kernels, inputs, config._replace(reduction=0), row_scale, *request)
-    if config.parts:
-        kd, ce = reduced(kd, row_scale, config), reduced(ce, row_scale, config)
-    return reduced(loss, row_scale, config), kd, ce, *others
+        return grad_student, grad_temperature, None, None, None, None
 
 
 def reduced(rows: Tensor, row_scale: Tensor, config: Any) -> Tensor:
@@ -110,13 +96,24 @@ def _forward(
     kernels: Kernels, inputs: tuple[Tensor | None, ...], config: Any, grad_output: Tensor | None,
     grad_student: bool, grad_temperature: bool, inplace: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    student, *others = inputs
-    if kernels.forward is None or not _has_values(student):
-        return kernels.op(student, *others, *config, grad_output, grad_student, grad_temperature)
-    if inplace:
-        # An op before this one may have saved these logits: it must see that they are gone.
-        torch.autograd.graph.increment_version(student)
-    return kernels.forward(student.detach(), *others, config, grad_output, grad_student, grad_temperature, inplace)
+    *tensors, row_scale = inputs
+    options = config
+    if row_scale is not None:
+        grad_output, options = row_scale, config._replace(reduction=0)
+    if kernels.forward is None or not _has_values(tensors[0]):
+        results = kernels.op(*tensors, *options, grad_output, grad_student, grad_temperature)
+    else:
+        if inplace:
+            # An op before this one may have saved these logits: it must see that they are gone.
+            torch.autograd.graph.increment_version(tensors[0])
+        tensors[0] = tensors[0].detach()
+        results = kernels.forward(*tensors, options, grad_output, grad_student, grad_temperature, inplace)
+    if row_scale is None:
+        return results
+    loss, kd, ce, *others = results
+    if config.parts:
+        kd, ce = reduced(kd, row_scale, config), reduced(ce, row_scale, config)
+    return reduced(loss, row_scale, config), kd, ce, *others
 
 
 def _scaled(kernels: Kernels, grad: Tensor, grad_output: Tensor) -> Tensor:

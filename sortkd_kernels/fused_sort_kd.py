@@ -250,8 +250,10 @@ def _loss(
     inplace = inplace and checks.allows_inplace(fn, student, teacher)
     if class_dim != -1:
         student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
-    loss = ops.LOSS[backends.choose(fn, backend, student.device)]
-    parts = loss(student, teacher, teacher_indices, target, learned, row_scale, config, inplace)
+    name = backends.choose(fn, backend, student.device)
+    eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
+    arguments = student, teacher, teacher_indices, target, learned, row_scale, config, inplace
+    parts = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
     return SortKDOutput(*parts) if config.parts else parts[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -158,6 +159,9 @@ def check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int 
         )
 
 
+# By backend, all of it in C++ where the tensors have values, and None where they have not: the dispatcher and Python's
+# autograd cost more than 64 x 100 logits.
+EAGER_LOSS: dict[str, Callable[..., autograd.Parts | None]] = {}
 # By backend, `(student, teacher, teacher_indices, target, temperature, row_scale, config, inplace)
 # -> (loss, kd, ce, rank)` ...
 LOSS: dict[str, Callable[..., autograd.Parts]] = {"reference": reference_loss}
@@ -170,12 +174,8 @@ def register_native(name: str, extension: Any, namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     kernels = autograd.Kernels(ops.sort_kd_forward.default)
 
-    def loss(*arguments: Any) -> autograd.Parts:
-        # In C++ where the tensors have values: the dispatcher and Python's autograd cost more than 64 x 100 logits.
-        parts = None if torch.compiler.is_compiling() else extension.eager_loss(*arguments)
-        return autograd.loss(kernels, *arguments) if parts is None else parts
-
-    LOSS[name], SORT_LOGITS[name] = loss, ops.sort_logits.default
+    EAGER_LOSS[name] = extension.eager_loss
+    LOSS[name], SORT_LOGITS[name] = functools.partial(autograd.loss, kernels), ops.sort_logits.default
 
 
 _LIBRARIES = [define("sortkd_kernels")]
@@ -214,8 +214,5 @@ if backends.available_backends()["triton"].available:
     _LIBRARIES[-1].impl("sort_logits_triton", _triton_sort_logits, "CompositeExplicitAutograd")
     _TRITON = autograd.Kernels(torch.ops.sortkd_kernels.sort_kd_forward_triton.default, _triton_forward, _triton_scale)
 
-    def _triton_loss(*arguments: Any) -> autograd.Parts:
-        return autograd.loss(_TRITON, *arguments)
-
-    LOSS["triton"] = _triton_loss
+    LOSS["triton"] = functools.partial(autograd.loss, _TRITON)
     SORT_LOGITS["triton"] = torch.ops.sortkd_kernels.sort_logits_triton.default

@@ -33,22 +33,19 @@ Capability detect() {
 
 const Capability kCapability = detect();
 
-template <typename... Args>
-void loss_rows(const Args&... args) {
+// The row loops for arithmetic in T, of the instruction set that this processor has.
+template <typename T>
+struct RowLoops {
+  void (*loss)(const RowLoop&, int64_t, int64_t, T);
+  void (*corrected)(const SortArgs&, int64_t, int64_t, T);
+};
+template <typename T>
+RowLoops<T> row_loops() {
 #if defined(SORTKD_X86)
-  if (kCapability == Capability::Avx512) return AVX512::loss_rows(args...);
-  if (kCapability == Capability::Avx2) return AVX2::loss_rows(args...);
+  if (kCapability == Capability::Avx512) return {&AVX512::loss_rows, &AVX512::corrected_rows};
+  if (kCapability == Capability::Avx2) return {&AVX2::loss_rows, &AVX2::corrected_rows};
 #endif
-  DEFAULT::loss_rows(args...);
-}
-
-template <typename... Args>
-void corrected_rows(const Args&... args) {
-#if defined(SORTKD_X86)
-  if (kCapability == Capability::Avx512) return AVX512::corrected_rows(args...);
-  if (kCapability == Capability::Avx2) return AVX2::corrected_rows(args...);
-#endif
-  DEFAULT::corrected_rows(args...);
+  return {&DEFAULT::loss_rows, &DEFAULT::corrected_rows};
 }
 
 // Waking a thread costs some microseconds: about this many logits' worth of work.
@@ -108,20 +105,6 @@ void reduce(const RowLoop& loop, int64_t counted) {
   if (args.ce) *static_cast<T*>(args.ce) = static_cast<T>(ce_mean);
 }
 
-template <typename T>
-void run(const LossArgs& args, void* scratch) {
-  const int64_t rows = args.layout.rows(), C = args.layout.C;
-  const int64_t counted = check_labels(args.target, rows, C, args.config.ignore_index);
-  if (args.teacher_indices) check_top_k(args);
-  const bool in_place = args.config.reduction == Reduction::None && args.config.parts;
-  RowLoop loop{args, scratch, args.config.with_ce() ? static_cast<T*>(scratch) + rows : nullptr, 1.0};
-  if (in_place) loop.kd = args.kd, loop.ce = args.ce;
-  // With no row to count there is no gradient either; 0 keeps 0 * inf out of it.
-  if (args.config.reduction == Reduction::Mean) loop.mean_scale = counted ? 1.0 / static_cast<double>(counted) : 0.0;
-  for_rows(rows, C, [&](int64_t begin, int64_t end) { loss_rows(loop, begin, end, T(0)); });
-  reduce<T>(loop, counted);
-}
-
 }  // namespace
 
 const char* capability() {
@@ -133,17 +116,29 @@ size_t scratch_bytes(const LossArgs& args) {
 }
 
 void run_loss(const LossArgs& args, void* scratch) {
-  args.acc_double() ? run<double>(args, scratch) : run<float>(args, scratch);
+  const int64_t rows = args.layout.rows(), C = args.layout.C;
+  const int64_t counted = check_labels(args.target, rows, C, args.config.ignore_index);
+  if (args.teacher_indices) check_top_k(args);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    RowLoop loop{args, scratch, args.config.with_ce() ? static_cast<T*>(scratch) + rows : nullptr, 1.0};
+    if (args.config.reduction == Reduction::None && args.config.parts) loop.kd = args.kd, loop.ce = args.ce;
+    // With no row to count there is no gradient either; 0 keeps 0 * inf out of it.
+    if (args.config.reduction == Reduction::Mean) loop.mean_scale = counted ? 1.0 / static_cast<double>(counted) : 0.0;
+    for_rows(rows, C, [&](int64_t begin, int64_t end) { row_loops<T>().loss(loop, begin, end, zero); });
+    reduce<T>(loop, counted);
+  };
+  args.acc_double() ? run(0.0) : run(0.0f);
 }
 
 void run_sort(const SortArgs& args) {
   check_labels(args.target, args.rows, args.C, args.ignore_index);
-  for_rows(args.rows, args.C, [&](int64_t begin, int64_t end) {
-    if (args.dtype == Dtype::Double)
-      corrected_rows(args, begin, end, 0.0);
-    else
-      corrected_rows(args, begin, end, 0.0f);
-  });
+  const auto run = [&](auto zero) {
+    for_rows(args.rows, args.C, [&](int64_t begin, int64_t end) {
+      row_loops<decltype(zero)>().corrected(args, begin, end, zero);
+    });
+  };
+  args.dtype == Dtype::Double ? run(0.0) : run(0.0f);
 }
 
 }  // namespace cpu
