@@ -257,4 +257,6 @@ def test_ops_guard_themselves():
                 student_, teacher_, indices_, target_, temperature, *config, None, False, False
             )
         with pytest.raises((TypeError, ValueError), match="sortkd_kernels: expected"):
-            sortkd_kernels.backends._C.eager_loss(student_, teacher_, indices_, target_, temperature, config, False)
+            sortkd_kernels.backends._C.eager_loss(
+                student_, teacher_, indices_, target_, temperature, None, config, False
+            )
