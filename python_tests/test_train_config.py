@@ -149,6 +149,87 @@ def test_every_file_parses_and_builds_its_models(path):
                 make_model(f"DISTILLER.{role}", config, *shapes[config.DATASET.TYPE])
 
 
+# YAML by itself would make of these 1.1, 7, 45000, 1000, "run", a date, True, a mapping, None, a list and "q".
+TEXTS = ["1.10", "007", "12:30:00", "1_000", "run #3", "2026-11-26", "on", "a: b", "null", "~", "[x]", '"q"', ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_text(text, tmp_path):
+    assert text == load_config(CIFAR / "kd.yaml", ["EXPERIMENT.NAME", text]).EXPERIMENT.NAME
+    assert (
+        f"runs {text}/x.pth"
+        == load_config(CIFAR / "kd.yaml", ["TEACHER.WEIGHTS", f"runs {text}/x.pth"]).TEACHER.WEIGHTS
+    )
+
+
+def test_values_of_a_file_are_read_by_their_keys_type(tmp_path):
+    config = loaded(
+        tmp_path, "EXPERIMENT: {NAME: 1.10, TAG: 007}\nLOG: {WANDB: off, PREFIX: 2026-11-26}\nSOLVER: {LR: 1e-3}\n"
+    )
+    assert (config.EXPERIMENT.NAME, config.EXPERIMENT.TAG, config.LOG.PREFIX) == ("1.10", "007", "2026-11-26")
+    assert (config.LOG.WANDB, config.SOLVER.LR) == (False, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "text", ["SOLVER:\n  # LR: 1\n", "WHEN:\nPAIRS:\nBASE:\n", "EXPERIMENT: {NAME: }", "SOLVER: {LR: null}"]
+)
+def test_a_key_without_a_value_is_not_there(text, tmp_path):
+    assert loaded(tmp_path, text) == load_config(None) and published_pairs(tmp_path / "given.yaml") == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(encoding, tmp_path):
+    (tmp_path / "given.yaml").write_text("EXPERIMENT: {NAME: café}", encoding=encoding)
+    assert load_config(tmp_path / "given.yaml").EXPERIMENT.NAME == "café"
+
+
+def test_a_runs_folder_carries_what_was_overridden(tmp_path):
+    """So that two runs of one file with other values do not meet; what a resumed run may differ in stays out."""
+    path = tmp_path / "given.yaml"
+    path.write_text(MDISTILLER)
+
+    def folder(words="", path=path, pair=None):
+        return run_folder(load_config(path, words.split(), pair=pair)).parent.name
+
+    assert folder() == folder("SOLVER.EPOCHS 3 EXPERIMENT.SEED 0 LOG.WANDB off DATASET.ROOT x") == "dkd,res56,res20"
+    assert folder("SOLVER.LR 0.05 DKD.T 4") == folder()  # nothing but what the file says
+    assert folder("DISTILLER.CORRECTION none") == "dkd,res56,res20,DISTILLER.CORRECTION=none"
+    assert folder(pair=("vgg13", "vgg8")) == "dkd,res56,res20,DISTILLER.TEACHER=vgg13,DISTILLER.STUDENT=vgg8"
+    assert folder("SOLVER.LR 1e-1") == folder("SOLVER.LR 0.10") == "dkd,res56,res20,SOLVER.LR=0.1"
+    words = "SOLVER.LR_DECAY_STAGES [5,9] DISTILLER.STUDENT timm/resnet18"
+    assert folder(words) == "dkd,res56,res20,DISTILLER.STUDENT=timm-resnet18,SOLVER.LR_DECAY_STAGES=5,9"
+    assert folder("EXPERIMENT.NAME mine SOLVER.LR 1") == "mine"  # a name given says it all
+    # Without NAME and TAG the name has the method and the pair in it already.
+    ours = CIFAR / "kd.yaml"
+    assert folder("DISTILLER.CORRECTION none SOLVER.LR 1", ours) == "kd_resnet32x4_resnet8x4,SOLVER.LR=1.0"
+    assert folder("", ours, ("vgg13", "vgg8")) == "sort-kd_vgg13_vgg8"
+
+
+FEATURES = "AT CRD FITNET KDSVD NST OFD PKT REVIEWKD RKD SP VID"
+
+
+@pytest.mark.parametrize("method", [*FEATURES.split(), "ReviewKD"])
+def test_methods_that_are_not_here_are_refused_by_name(method, tmp_path):
+    for text in (
+        f"DISTILLER: {{TYPE: {method}}}\nSOLVER: {{TRAINER: crd}}\n{method}: {{LOSS: {{CE_WEIGHT: 1}}}}",
+        f"{method}: {{}}",
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^\S+: .*logits .*got '{method}', which compares features and is not here; run"
+        ) as e:
+            loaded(tmp_path, text)
+        assert "--pair TEACHER STUDENT" in str(e.value) and "expected a known key" not in str(e.value)
+
+
+@pytest.mark.parametrize("solver", ["TRAINER: dot, DOT: {DELTA: 0.075}", "TRAINER: crd_dot", "DOT: {DELTA: 0.075}"])
+def test_the_dot_trainer_is_refused_by_name(solver, tmp_path):
+    text = f"DATASET: {{TYPE: tiny_imagenet}}\nDISTILLER: {{TYPE: KD}}\nSOLVER: {{{solver}}}"
+    with pytest.raises(
+        ConfigError, match=r"^SOLVER\.(TRAINER|DOT): .*mdistiller's DOT trainer .* leave SOLVER\.TRAINER"
+    ):
+        loaded(tmp_path, text)
+
+
 def test_overrides_win_over_exceptions():
     config = load_config(CIFAR / "dkd.yaml", ["SOLVER.LR", "1e-3", "DKD.BETA", "3"], pair=("vgg13", "MobileNetV2"))
     assert (config.SOLVER.LR, config.DKD.BETA) == (1e-3, 3)
@@ -172,14 +253,22 @@ def test_a_users_file_may_start_from_ours(tmp_path):
         ("DISTILER.TYPE KD", r"DISTILER: expected a known key"),
         ("KD.LOSS.KD_WEIHGT 3", r"nearest: KD\.LOSS\.KD_WEIGHT"),
         ("SOLVER.LR fast", r"SOLVER\.LR: expected a valid number.*got 'fast'"),
-        ("SOLVER.LR 0", r"SOLVER\.LR: expected greater than 0, got 0"),
-        ("SOLVER.EPOCHS 1.5", r"SOLVER\.EPOCHS: expected a valid integer.*got 1\.5"),
-        ("SOLVER.LR_DECAY_STAGES [a]", r"SOLVER\.LR_DECAY_STAGES\.0: expected a valid integer"),
-        ("SOLVER 3", r"SOLVER: expected a valid dictionary.*got 3"),
+        ("SOLVER.LR 0", r"SOLVER\.LR: expected greater than 0, got '0'"),
+        ("SOLVER.EPOCHS 1.5", r"SOLVER\.EPOCHS: expected a valid integer.*got '1\.5'"),
+        ("SOLVER.LR_DECAY_STAGES ['a']", r"SOLVER\.LR_DECAY_STAGES\.0: expected a valid integer"),
+        ("SOLVER.LR_DECAY_STAGES [a]", r"SOLVER\.LR_DECAY_STAGES: expected a valid list, got '\[a\]'"),
+        ("SOLVER 3", r"SOLVER: expected a section with keys, got '3'"),
+        ("EXPERIMENT.SEED 9223372036854775808", r"EXPERIMENT\.SEED: expected less than 9223372036854775808"),
+        ("EXPERIMENT.THREADS 100000", r"EXPERIMENT\.THREADS: expected less than or equal to 1024"),
+        ("SOLVER.BATCH_SIZE 99999999999999999999", r"SOLVER\.BATCH_SIZE: expected less than 2147483648"),
+        ("EXPERIMENT.NAME ../..", r"EXPERIMENT\.NAME: expected a name of a folder below LOG\.PREFIX, got '\.\./\.\.'"),
+        ("EXPERIMENT.PROJECT a/../../b", r"EXPERIMENT\.PROJECT: expected a name of a folder below LOG\.PREFIX"),
+        ("EXPERIMENT.TAG /tmp/elsewhere", r"EXPERIMENT\.TAG: expected a name of a folder below LOG\.PREFIX"),
+        ("EXPERIMENT.NAME caf\udce9", r"EXPERIMENT\.NAME: expected characters that can be printed"),
         ("DISTILLER.STANDARDIZE maybe", r"DISTILLER\.STANDARDIZE: expected a valid boolean.*got 'maybe'"),
         ("DISTILLER.CORRECTION sorted", r"expected 'sort', 'swap' or 'none', got 'sorted'; nearest: sort"),
         ("DISTILLER.TYPE dk", r"DISTILLER\.TYPE: .*; nearest: DKD"),
-        ("SOLVER.TRAINER dot", r"SOLVER\.TRAINER: expected 'base', got 'dot'"),
+        ("SOLVER.TRAINER fast", r"SOLVER\.TRAINER: expected 'base', got 'fast'"),
         ("SOLVER.LR", r"expected KEY VALUE pairs, got 'SOLVER\.LR' without a value"),
         (
             "DISTILLER.TYPE NONE DISTILLER.STANDARDIZE true",
@@ -206,14 +295,62 @@ def test_an_unknown_model_is_named_with_its_key():
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"kd2\.yaml: no such file; nearest: kd\.yaml"):
         load_config(CIFAR / "kd2.yaml")
-    with pytest.raises(ConfigError, match=r"expected YAML in .*given\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"expected a YAML file, got \S+cifar100: a folder, with .*ctkd\.yaml.* in it"
+    ):
+        load_config(CIFAR)
+    with pytest.raises(ConfigError, match=r"expected YAML in UTF-8 in .*given\.yaml"):
         loaded(tmp_path, "SOLVER: {LR: [")
+    (tmp_path / "given.yaml").write_bytes("EXPERIMENT: {NAME: café}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"expected YAML in UTF-8 in \S+given\.yaml, got .*position 22"):
+        load_config(tmp_path / "given.yaml")
     with pytest.raises(ConfigError, match=r"expected sections with keys .* got list"):
         loaded(tmp_path, "- 1")
     with pytest.raises(ConfigError, match=r"BASE: .* got a circle"):
         loaded(tmp_path, "BASE: given.yaml")
-    with pytest.raises(ConfigError, match="WHEN: expected entries with a list PAIRS"):
-        loaded(tmp_path, "WHEN: [{SOLVER: {LR: 1}}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [("SOLVER: {LR: 1}\nLOG: {WANDB: off}\nSOLVER: {EPOCHS: 3}", (1, 3)), ("SOLVER:\n  LR: 1\n  LR: 2", (2, 3))],
+)
+def test_a_key_given_twice(text, lines, tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"each key once in \S+, got (SOLVER|LR) in line {lines[0]} and again in line {lines[1]}$"
+    ):
+        loaded(tmp_path, text)
+    # What a merge key brings along is there to be overridden.
+    merged = "SOLVER: &base {LR: 1, EPOCHS: 3}\nWHEN: [{PAIRS: ['* -> *'], SOLVER: {<<: *base, LR: 2}}]"
+    assert loaded(tmp_path, merged).SOLVER.LR == 2
+
+
+PAIRS = r'WHEN\.0\.PAIRS: expected a list of "teacher -> student", got '
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("WHEN: 3", r"WHEN: expected a valid list, got '3', in \S+given\.yaml"),
+        ("WHEN: {PAIRS: [a -> b]}", r"WHEN: expected a valid list, got \{"),
+        ("WHEN: [3]", r"WHEN\.0: expected a section with keys, got '3'"),
+        ("WHEN: [{SOLVER: {LR: 1}}]", PAIRS),
+        ("WHEN: [{PAIRS: }]", PAIRS),
+        ("WHEN: [{PAIRS: [3]}]", PAIRS),
+        ("WHEN: [{PAIRS: resnet56 -> resnet20}]", PAIRS),
+        ("WHEN: [{PAIRS: [resnet56]}]", PAIRS),
+        ("WHEN: [{PAIRS: [no -> pair], SOLVERR: {LR: 1}}]", r"WHEN: SOLVERR\.LR: expected a known key, .*; nearest: SOLVER\.LR"),
+        ("PAIRS: x", r'PAIRS: expected a list of "teacher -> student", got \'x\', in \S+given\.yaml'),
+        ("BASE: [a]", r"BASE: expected a valid string, got \['a'\], in \S+given\.yaml"),
+        ("BASE: ''", r"BASE: expected a YAML file, got \S+: a folder, with given\.yaml in it"),
+        ("BASE: gven.yaml", r"BASE: expected a YAML file, got \S+/gven\.yaml: no such file; nearest: given\.yaml"),
+        ("3: 4", r"3: expected a known key, got '3'"),
+        ("SOLVER: {3: 4}", r"SOLVER\.3: expected a known key"),
+        ("''", r"expected sections with keys in \S+, got str ''"),
+    ],
+)  # fmt: skip
+def test_odd_files_are_refused_in_words(text, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text)
 
 
 def test_the_command_line_takes_seeds_before_overrides():
@@ -221,8 +358,13 @@ def test_the_command_line_takes_seeds_before_overrides():
     assert (arguments.seeds, arguments.overrides, arguments.resume) == ([1, 2, 3], ["SOLVER.LR", "1"], True)
     arguments = parse(["--pair", "a", "b", "SOLVER.LR", "1", "SOLVER.EPOCHS", "2", "--seeds", "4"])
     assert (arguments.pair, arguments.seeds, len(arguments.overrides)) == (["a", "b"], [4], 4)
+
+
+@pytest.mark.parametrize("words", ["one", "1.5", "1 2,3", "-1", "²", "1 2 3rd SOLVER.LR 1"])
+def test_seeds_that_are_no_numbers(words, capsys):
     with pytest.raises(SystemExit):
-        parse(["--seeds", "one"])
+        parse(["--seeds", *words.split()])
+    assert "argument --seeds: expected whole numbers, got '" in capsys.readouterr().err
 
 
 def test_the_readmes_commands_are_valid(capsys):

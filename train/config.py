@@ -1,4 +1,4 @@
-"""Reading a configuration: YAML files, the exceptions of a pair, `KEY VALUE` overrides, and errors that help."""
+"""A configuration put together: YAML files, the exceptions of a pair, `KEY VALUE` overrides, and errors that help."""
 
 from __future__ import annotations
 
@@ -6,16 +6,44 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from .naming import name_after_overrides
 from .schema import Config, choices, known_keys
+from .yaml_file import RepeatedKey, read_yaml
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key."""
+
+
+def _pairs(value: Any) -> Any:
+    """Pairs of a file, or patterns of pairs: one without the arrow would never match, and nothing would tell."""
+    if not (isinstance(value, list) and value and all(isinstance(pair, str) and " -> " in pair for pair in value)):
+        raise ValueError(f'expected a list of "teacher -> student", got {value!r}')
+    return value
+
+
+_Pairs = Annotated[list[str], BeforeValidator(_pairs)]
+
+
+class _Case(BaseModel):
+    """An entry of WHEN: the values of the pairs that its patterns match."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+    PAIRS: _Pairs = []
+
+
+class _Layer(BaseModel):
+    """A file: its values are what pydantic calls extra, beside the keys that tell how they are put together."""
+
+    model_config = ConfigDict(extra="allow")
+    BASE: str | None = None
+    WHEN: list[_Case] = []
+    PAIRS: _Pairs | None = None
 
 
 def load_config(
@@ -31,31 +59,42 @@ def load_config(
 
     A file may name a `BASE` file to start from, and hold `WHEN`, a list of `PAIRS` patterns ("teacher -> student")
     with the values that differ for them. The order, each over the one before: the base's values, the base's
-    exceptions, the file's values, the file's exceptions, the overrides.
+    exceptions, the file's values, the file's exceptions, the overrides. EXPERIMENT.NAME, unless they give it, is
+    that of the file and what they change (`name_after_overrides`): a name that is given says it all.
     """
-    layers = [dict(start or {})] if path is None else _layers(Path(path))
-    for layer in layers:
-        layer.pop("PAIRS", None)
+    layers = [_layer(start or {})] if path is None else _layers(Path(path))
     last = _from_overrides(overrides)
     if pair is not None:
         last = merge({"DISTILLER": {"TEACHER": pair[0], "STUDENT": pair[1]}}, last)
     # Which exceptions hold depends on the pair, and the pair on all layers: so the values come first.
     plain: dict[str, Any] = {}
-    for layer in [*layers, last]:
-        plain = merge(plain, {key: value for key, value in layer.items() if key != "WHEN"})
-    names = validate(plain).DISTILLER
+    for layer in layers:
+        plain = merge(plain, layer.model_extra)
+    names = validate(merge(plain, last)).DISTILLER
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(merged, {key: value for key, value in layer.items() if key != "WHEN"})
-        for case in layer.get("WHEN", []):
-            if any(fnmatchcase(f"{names.TEACHER} -> {names.STUDENT}", pattern) for pattern in case["PAIRS"]):
-                merged = merge(merged, {key: value for key, value in case.items() if key != "PAIRS"})
-    return validate(merge(merged, last))
+        merged = merge(merged, layer.model_extra)
+        for case in layer.WHEN:
+            # A misspelt key is found whatever the pair.
+            if unknown := [key for key in flatten(case.model_extra) if key not in known_keys()]:
+                raise ConfigError(f"WHEN: {_unknown(unknown[0])}")
+            if any(fnmatchcase(f"{names.TEACHER} -> {names.STUDENT}", pattern) for pattern in case.PAIRS):
+                merged = merge(merged, case.model_extra)
+    config, given = validate(merge(merged, last)), flatten(last)
+    if "EXPERIMENT.NAME" in given:
+        return config
+    try:
+        before = flatten(validate(merged).model_dump())
+    except ConfigError:  # right with the overrides alone
+        before = {}
+    values = flatten(config.model_dump())
+    changed = {key: values[key] for key in values if key in given and values[key] != before.get(key)}
+    return validate(merge(config.model_dump(), {"EXPERIMENT": {"NAME": name_after_overrides(config, changed)}}))
 
 
 def published_pairs(path: str | Path) -> list[str]:
     """The pairs, "teacher -> student", that a file or its base lists under `PAIRS` as having a published recipe."""
-    return [pair for layer in _layers(Path(path)) for pair in layer.get("PAIRS", [])]
+    return [pair for layer in _layers(Path(path)) for pair in layer.PAIRS or []]
 
 
 def validate(values: Mapping[str, Any]) -> Config:
@@ -63,7 +102,7 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+        raise ConfigError(_explain_all(error)) from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,49 +136,67 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f"; nearest: {folded[close[0]]}" if close else ""
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """A file's values and those of the files that it starts from, the furthest first."""
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """A file and those that it starts from, the furthest first."""
+    key = "BASE" if above else "--cfg"
     if not path.is_file():
-        close = nearest(path.name, [file.name for file in path.parent.glob("*.yaml")])
-        raise ConfigError(f"--cfg: expected a YAML file, got {path}: no such file{close}")
+        folder = path if path.is_dir() else path.parent
+        files = sorted(file.name for file in folder.glob("*.yaml"))
+        found = f"a folder, with {', '.join(files) or 'no YAML file'} in it" if path.is_dir() else "no such file"
+        raise ConfigError(f"{key}: expected a YAML file, got {path}: {found}{nearest(path.name, files)}")
     if path.resolve() in above:
         raise ConfigError(f"BASE: expected files that start from one another in a line, got a circle at {path}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = read_yaml(path)
+    except RepeatedKey as error:
+        raise ConfigError(f"{key}: expected each key once in {path}, got {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--cfg: expected YAML in {path}, got {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--cfg: expected sections with keys in {path}, got {type(values).__name__}")
-    for case in values.get("WHEN", []):
-        if not isinstance(case, dict) or not isinstance(case.get("PAIRS"), list):
-            raise ConfigError(f"WHEN: expected entries with a list PAIRS in {path}, got {case!r}")
-    base = values.pop("BASE", None)
-    below = [] if base is None else _layers(path.parent / base, (*above, path.resolve()))
-    return [*below, values]
+        raise ConfigError(f"{key}: expected YAML in UTF-8 in {path}, got {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{key}: expected sections with keys in {path}, got {type(values).__name__} {values!r}")
+    layer = _layer(values or {}, f", in {path}")
+    below = [] if layer.BASE is None else _layers(path.parent / layer.BASE, (*above, path.resolve()))
+    return [*below, layer]
+
+
+def _layer(values: Mapping[str, Any], where: str = "") -> _Layer:
+    try:
+        return _Layer.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain_all(error) + where) from None
 
 
 def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values as the text that they are: the type of its key reads each."""
     if len(overrides) % 2:
         raise ConfigError(f"overrides: expected KEY VALUE pairs, got {overrides[-1]!r} without a value")
     values: dict[str, Any] = {}
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        try:
-            nested = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            nested = text
+        nested: Any = text
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = merge(values, nested)
     return values
 
 
+def _unknown(key: str) -> str:
+    return f"{key}: expected a known key, got {key!r}{nearest(key, known_keys())}"
+
+
+def _explain_all(error: ValidationError) -> str:
+    return "; ".join(_explain(dict(item)) for item in error.errors())
+
+
 def _explain(error: dict[str, Any]) -> str:
     """One finding of pydantic's as: the key, what was expected, what came, and the nearest valid."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: expected a known key, got {key!r}{nearest(key, known_keys())}"
+        return _unknown(key)
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        message = str(error["ctx"]["error"])
+        return message if message.startswith(key) else f"{key}: {message}"  # a section's checks name the key themselves
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    if error["type"] == "model_type":
+        expected = "a section with keys"
     close = nearest(str(error["input"]), choices(key)) if error["type"] == "literal_error" else ""
     return f"{key}: expected {expected}, got {error['input']!r}{close}"

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .schema import Config
 
+# Prefixes of keys that are not part of what a run is: where it runs, what it keeps and how long, and where the file of
+# the teacher lies, whose content is compared. A resumed run may differ in these, and no folder is named after them.
+FREE = (
+    "LOG.", "EXPERIMENT.DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "TEACHER.CACHE_DIR", "TEACHER.WEIGHTS",
+    "TEACHER.ROOT", "SOLVER.EPOCHS",
+)  # fmt: skip
+# In a folder's name: no path, and nothing of a list that a shell takes for a pattern.
+_IN_A_NAME = str.maketrans("/", "-", " []()'")
 _CORRECTED = {"sort": "Sort-", "swap": "Swap-", "none": ""}
 
 
@@ -29,6 +39,20 @@ def run_name(config: Config) -> str:
         return experiment.NAME or experiment.TAG
     models = [distiller.STUDENT] if distiller.TYPE == "NONE" else [distiller.TEACHER, distiller.STUDENT]
     return "_".join([method_label(config).lower(), *models]).replace("/", "-")
+
+
+def name_after_overrides(config: Config, overrides: Mapping[str, Any]) -> str:
+    """The run's name with the overridden values behind it, `KEY=VALUE,...`, as mdistiller's folders have them.
+
+    So a file and the same file with other values do not meet in one folder.
+    """
+    # Without NAME and TAG the name is made of the method and the pair.
+    told = () if config.EXPERIMENT.NAME or config.EXPERIMENT.TAG not in ("", "default") else ("DISTILLER.",)
+    kept = {key: value for key, value in overrides.items() if not key.startswith((*FREE, *told, "EXPERIMENT."))}
+    if not kept:
+        return config.EXPERIMENT.NAME
+    parts = [f"{key}={value}".translate(_IN_A_NAME) for key, value in kept.items()]
+    return ",".join([run_name(config), *parts])
 
 
 def run_folder(config: Config) -> Path:

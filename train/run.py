@@ -25,12 +25,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the models' sizes")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="values over the file's")
     arguments = parser.parse_intermixed_args(argv)
-    # `--seeds 1 2 3 KEY VALUE`: the first word that is no number starts the overrides.
+    # `--seeds 1 2 3 KEY VALUE`: the first word that starts with a letter, as keys do, starts the overrides.
     words = arguments.seeds or []
-    arguments.seeds = [int(word) for word in itertools.takewhile(str.isdigit, words)]
-    if words and not arguments.seeds:
-        parser.error(f"argument --seeds: expected whole numbers, got {words[0]!r}")
-    arguments.overrides = [*words[len(arguments.seeds) :], *arguments.overrides]
+    seeds = list(itertools.takewhile(lambda word: not word[:1].isalpha(), words))
+    if wrong := [word for word in seeds or words[:1] if not word.isdecimal()]:
+        parser.error(f"argument --seeds: expected whole numbers, got {wrong[0]!r}")
+    arguments.seeds = [int(seed) for seed in seeds]
+    arguments.overrides = [*words[len(seeds) :], *arguments.overrides]
     return arguments
 
 
@@ -48,5 +49,6 @@ if __name__ == "__main__":
     # works from anywhere, and nothing called `train` needs to be installed. At the end, because an installed
     # sortkd_kernels has its compiled extension, and the checkout's has one only where it was built in place.
     sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parent.parent)]
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: no character may end a run
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for users, whom lines of code don't help
     main()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from .elsewhere import refuse_other_methods
 
 Amp = Literal["none", "bf16", "fp16"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
+# What no machine has more of: beyond it torch and the operating system fail in their own words, or not in words at all.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _literal(value: Any) -> Any:
@@ -23,20 +31,32 @@ def _literal(value: Any) -> Any:
     return value
 
 
+def _below(name: str) -> str:
+    """A part of the path of a run's folder, which stays below LOG.PREFIX and can be printed."""
+    if PurePath(name).anchor or ".." in PurePath(name).parts:
+        raise ValueError(f"expected a name of a folder below LOG.PREFIX, got {name!r}")
+    if not name.isprintable():
+        raise ValueError(f"expected characters that can be printed, got {name!r}")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_below)]
+
+
 class Section(BaseModel):
     """A part of the configuration; unknown keys are errors, so that a misspelt one cannot go unnoticed."""
 
-    # Numbers become strings where a string is due: `EXPERIMENT.NAME 3` on a command line parses as a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ExperimentSection(Section):
-    PROJECT: str = "distill"
-    NAME: str = ""  # the run's folder is PREFIX/PROJECT/NAME/seed_N; empty: TAG, or the method and the pair
-    TAG: str = "default"
-    SEED: Annotated[int, Field(ge=0)] = 0
+    PROJECT: FolderName = "distill"
+    # The run's folder is PREFIX/PROJECT/NAME/seed_N; empty: TAG, or the method and the pair, and what was overridden.
+    NAME: FolderName = ""
+    TAG: FolderName = "default"
+    SEED: Seed = 0
     DEVICE: str = "auto"  # auto: CUDA where there is one
-    THREADS: Annotated[int, Field(ge=0)] = 0  # of the CPU; 0: torch's choice. Another number rounds otherwise
+    THREADS: Workers = 0  # of the CPU; 0: torch's choice. Another number rounds otherwise
 
 
 class TestSection(Section):
@@ -46,7 +66,7 @@ class TestSection(Section):
 class DatasetSection(Section):
     TYPE: Literal["cifar100", "imagenet", "imagefolder", "digits"] = "cifar100"
     ROOT: str = "./data"
-    NUM_WORKERS: Annotated[int, Field(ge=0)] = 2
+    NUM_WORKERS: Workers = 2
     TEST: TestSection = TestSection()
 
 
@@ -62,8 +82,8 @@ class DistillerSection(Section):
 class TeacherSection(Section):
     WEIGHTS: str = ""  # a file, or torchvision's or timm's name of weights; empty: see `config.teacher_weights`
     ROOT: str = "./download_ckpts"  # where mdistiller's archive of teachers is unpacked
-    CACHE_VIEWS: Annotated[int, Field(ge=0)] = 0  # 0: no cache, fresh augmentation every epoch
-    CACHE_SEED: Annotated[int, Field(ge=0)] = 0  # fixes the views; runs of several seeds share a cache
+    CACHE_VIEWS: CountOrNone = 0  # 0: no cache, fresh augmentation every epoch
+    CACHE_SEED: Seed = 0  # fixes the views; runs of several seeds share a cache
     CACHE_DIR: str = ""  # empty: DATASET.ROOT/teacher_cache
     AMP: Literal["same", "none", "bf16", "fp16"] = "same"  # same: SOLVER.AMP
     COMPILE: bool = False
@@ -97,7 +117,7 @@ class DKDSection(Section):
     ALPHA: Weight = 1.0
     BETA: Weight = 8.0
     T: Positive = 4.0
-    WARMUP: Annotated[int, Field(ge=0)] = 20
+    WARMUP: CountOrNone = 20
     KD_WEIGHT: Weight = 1.0  # multiplies ALPHA and BETA: LSKD+DKD's 9
 
 
@@ -126,6 +146,13 @@ class Config(Section):
     DKD: DKDSection = DKDSection()
     CTKD: CTKDSection = CTKDSection()
     LOG: LogSection = LogSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_for_this_trainer(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            refuse_other_methods(values)
+        return values
 
     @model_validator(mode="after")
     def _switches_have_an_effect(self) -> Config:
