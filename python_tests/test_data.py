@@ -210,6 +210,7 @@ def test_plan_of_ranks(samples, world_size):
         left_out = rest if shuffle and rest < world_size else 0
         assert len(seen) == len(seen.unique()) == samples - left_out
         if shuffle:  # in step, and the ranks' weighted means average to the global batch's mean
+            assert plans[0].smallest() == min(len(part.index) for e in epochs for part in e)
             for parts in zip(*epochs, strict=True):
                 whole = torch.cat([p.index for p in parts]).double().mean()
                 mean = sum(p.share * p.index.double().mean() for p in parts) / world_size

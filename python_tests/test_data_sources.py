@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 from urllib.error import URLError
 
 import numpy as np
@@ -47,6 +48,57 @@ def test_imagenets_unlabelled_test_folder_is_not_used(tmp_path):
     root = make_tree(tmp_path, [(65, 30)], splits=("train", "val"))
     (root / "test").mkdir()
     assert build("imagenet", root).test.listing.root == root / "val"
+
+
+@pytest.mark.parametrize("size", [32, 65], ids=["in memory", "streamed"])
+def test_what_is_hidden_is_skipped(size, tmp_path):
+    """In both halves alike, where it would make a class, and within the folder of a class."""
+    root = make_tree(tmp_path / ".cache", [(size, size)])  # a hidden folder above is none of the tree's
+    for split in ("train", "test"):
+        shutil.copytree(root / split / "ant", root / split / ".ipynb_checkpoints")
+        shutil.copytree(root / split / "ant", root / split / "bee" / ".ipynb_checkpoints")
+        (root / split / "cat" / "._0.png").write_bytes(b"what another system keeps beside a file")
+    with pytest.warns(UserWarning, match=r"hidden folders and files are skipped: \._0\.png, .*\.ipynb_checkpoints"):
+        loaders = build("imagefolder", root)
+    assert (loaders.num_classes, loaders.train.samples, loaders.test.samples) == (3, 15, 15)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_greys_are_brought_to_8_by_their_range(suffix, tmp_path):
+    """PIL's own conversion makes all of them above 255 white."""
+    root, levels = make_tree(tmp_path, [(16, 16)], each=1), np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for split in ("train", "test"):
+        (root / split / "bee" / "0.png").unlink()
+        Image.fromarray(257 * levels).save(root / split / "bee" / f"0.{suffix}")
+    image = build("imagefolder", root).test.data.images[1]
+    assert torch.equal(image, torch.from_numpy(levels.astype(np.uint8))[..., None].expand(-1, -1, 3))
+
+
+def test_a_grey_of_unknown_range_is_refused(tmp_path):
+    root = make_tree(tmp_path, [(16, 16)], each=1)
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(root / "test" / "bee" / "0.tiff")
+    with pytest.raises(
+        ValueError, match=r"cannot read the image \S+0\.tiff: expected 8 or 16 bits a pixel, got PIL's mode F"
+    ):
+        build("imagefolder", root)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_cut_off_images_are_found_without_decoding_all(suffix, tmp_path, monkeypatch):
+    root = make_tree(tmp_path, [(65, 70)], suffix=suffix)
+    listing = build("imagefolder", root).test.listing
+    path = root / "test" / "bee" / f"3.{suffix}"
+    whole, decoded = path.read_bytes(), []
+    read = listing.read
+    monkeypatch.setattr(listing, "read", lambda index: decoded.append(index) or read(index))
+    path.write_bytes(whole + b"trailing bytes that readers ignore")
+    listing.check(range(len(listing)), threads=2)
+    assert sorted(decoded) == ([8] if suffix != "bmp" else list(range(15)))  # no end tells a whole BMP
+    for damaged in (whole[: len(whole) // 2], b"", b"not an image"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"cannot read the image {path}: "):
+            listing.check(range(len(listing)), threads=2)
+        listing.check([index for index in range(len(listing)) if index != 8], threads=2)  # another rank's part
 
 
 def test_official_cifar100_files(tmp_path, monkeypatch):
@@ -116,8 +168,12 @@ def test_trees_that_do_not_fit(tmp_path):
         build("cifar100", root)
     root = make_tree(tmp_path / "damaged", [(32, 32)])
     (root / "train" / "bee" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"cannot read the image \S+bee/1\.png"):
+    with pytest.raises(ValueError, match=r"^cannot read the image \S+bee/1\.png"):
         build("cifar100", root)
+    root = make_tree(tmp_path / "many", [(8, 8)], each=700)
+    (root / "train" / "bee" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"^cannot read the image \S+bee/1\.png.*fetch it again$"):
+        build("cifar100", root, num_workers=2)  # without the worker's traceback
 
 
 def test_arguments_are_checked(small_tree):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from .checkpoint import seed_everything
 from .config import ConfigError
-from .data import Loaders, build_loaders
+from .data import Loader, Loaders, build_loaders
 from .data.seeds import derive_seed
+from .data.stream import StreamLoader
 from .distillers import Distiller
-from .distributed import World
+from .distributed import World, gather
 from .loop import AMP_DTYPES, Trainer
 from .models import build_model
 from .naming import teacher_weights
@@ -22,10 +24,15 @@ from .teacher import Teacher, build_teacher, state_digest
 
 def build_trainer(config: Config, world: World, loaders: Loaders | None = None) -> Trainer:
     """Student, data, teacher and optimizer of a configuration, the generators seeded."""
+    configured = loaders is None
     loaders = loaders or make_loaders(config, world)
     seed_everything(config.EXPERIMENT.SEED)  # the same weights on every rank
     student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
     check_fits("DISTILLER.STUDENT", student, loaders.num_classes, loaders.image_shape)
+    if configured:
+        for loader in (loaders.train, loaders.test):
+            check_images(loader, config, world)
+        check_smallest_batch(student, loaders, config)
     distiller = Distiller(student, config)
     teacher = None if config.DISTILLER.TYPE == "NONE" else make_teacher(config, loaders, world)
     trainer = Trainer(config, loaders, distiller, teacher, world)
@@ -78,6 +85,36 @@ def check_fits(key: str, model: nn.Module, num_classes: int, image_shape: tuple[
     came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if came != (1, num_classes):
         raise ConfigError(f"{key}: expected a model that returns logits {(1, num_classes)}, got one of {came}")
+
+
+def check_images(loader: Loader, config: Config, world: World) -> None:
+    """Refuse images on disk that cannot be read, before a run meets them in its last epoch."""
+    if not isinstance(loader, StreamLoader):
+        return  # in memory: all of them have been read
+    error = None
+    try:
+        loader.listing.check(range(world.rank, loader.samples, world.size), config.DATASET.NUM_WORKERS)
+    except (ValueError, OSError) as found:
+        error = str(found)
+    # Every rank looks at a part, and all of them stop for what one has found.
+    if errors := [text for text in gather(error, world) if text]:
+        raise ConfigError(f"DATASET.ROOT: {errors[0]}")
+
+
+@torch.no_grad()
+def check_smallest_batch(student: nn.Module, loaders: Loaders, config: Config) -> None:
+    """Refuse a batch of one image on a rank where the student cannot train on one, as BatchNorm cannot."""
+    plan = loaders.train.plan
+    if plan.smallest() > 1:
+        return
+    try:
+        copy.deepcopy(student).train()(torch.zeros(1, *loaders.image_shape))
+    except ValueError as error:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE: expected batches of two images or more on each rank for {config.DISTILLER.STUDENT}, "
+            f"got {plan.samples} training images in batches of {config.SOLVER.BATCH_SIZE} on {plan.world_size} ranks, "
+            f"one of which is left with a single image ({error}); choose another SOLVER.BATCH_SIZE"
+        ) from error
 
 
 def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:

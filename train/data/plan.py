@@ -51,6 +51,14 @@ class BatchPlan:
             if last > first and not (self.shuffle and total < self.world_size):
                 yield start + first, start + last, total
 
+    def smallest(self) -> int:
+        """The fewest images that a rank gets in a batch: those of the last global batch may be few."""
+        step = self.batch_size * self.world_size
+        last = self.samples % step
+        if last < self.world_size and self.shuffle:  # left out
+            last = 0
+        return (last or step) // self.world_size
+
     def batches(self, epoch: int) -> Iterator[Part]:
         """This rank's parts of `epoch`, in order."""
         if self.shuffle:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from .augment import Normalize
-from .folder import Listing
+from .folder import Listing, last_line
 from .loader import Loader, Request, to_device
 from .plan import BatchPlan
 from .seeds import derive_seed
@@ -107,8 +107,11 @@ class StreamLoader(Loader):
 
     def _images(self, requests: Iterable[Request]) -> Iterator[Tensor]:
         self._keys.requests = list(requests)
-        for images in self._loader:
-            yield self._normalize(to_device(images, self.device))
+        try:
+            for images in self._loader:
+                yield self._normalize(to_device(images, self.device))
+        except ValueError as error:  # an image whose damage `Listing.check` cannot see
+            raise OSError(f"DATASET.ROOT: {last_line(error)}") from error
 
     def data_digest(self) -> str:
         """A digest of the files' names, labels and sizes."""
