@@ -134,6 +134,25 @@ def refused(tmp_path, content):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("wrap", ["module.", ""])
+def test_a_distillers_checkpoint_gives_its_student(wrap, tmp_path):
+    """mdistiller's `latest` and `best`; the teacher where only that one is such a model."""
+    student, teacher, twin = build_model("resnet8", 10), build_model("resnet20", 10), build_model("resnet8", 10)
+
+    def save(**halves):
+        state = {f"{wrap}{name}.{key}": x for name, half in halves.items() for key, x in half.state_dict().items()}
+        content = {"epoch": 240, "model": state | {f"{wrap}extra": torch.ones(2)}, "best_acc": torch.tensor(70.0)}
+        torch.save(content, tmp_path / "latest")
+        return tmp_path / "latest"
+
+    assert_state(build_model("resnet8", 10, weights=save(teacher=teacher, student=student)), student.state_dict())
+    assert_state(build_model("resnet20", 10, weights=save(teacher=teacher, student=student)), teacher.state_dict())
+    assert_state(build_model("resnet8", 10, weights=save(teacher=twin, student=student)), student.state_dict())
+    assert_state(build_model("resnet8", 10, weights=save(student=student)), student.state_dict())
+    with pytest.raises(ValueError, match=r"entries of ResNet, got \d+ entries, 36 missing"):
+        build_model("resnet14", 10, weights=save(teacher=teacher, student=student))
+
+
 def test_another_models_weights_are_refused(tmp_path):
     message = refused(tmp_path, {"model": build_model("resnet14", 100).state_dict()})
     assert "the 56 entries of ResNet, got 92 entries, 36 unknown (layer1.1.conv1.weight, " in message

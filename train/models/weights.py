@@ -16,7 +16,9 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     """Copy the weights of a file into `model`, every key and shape matching, or raise and leave it unchanged.
 
     The file holds a state dict, bare or under the key `model` (mdistiller's checkpoints) or `state_dict`; a
-    `module.` before every key, as DataParallel leaves it, is dropped. Only tensors and plain values are read.
+    `module.` before every key, as DataParallel leaves it, is dropped. Of a whole distiller (`student.*`, `teacher.*`;
+    mdistiller's `latest` and `best`) it is the student, or the teacher where only that one is such a model. Only
+    tensors and plain values are read.
     """
     path = Path(path)
     if not path.is_file():
@@ -24,7 +26,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
         raise FileNotFoundError(
             f"load_weights: expected a file of weights at {path}, got {came}; check the path, or download it"
         )
-    state = _find_state(_read(path), path)
+    state = _half_for(model, _find_state(_read(path), path))
     _check_entries(model, state, path)
     model.load_state_dict(state, strict=True)
 
@@ -63,6 +65,19 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
         )
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _half_for(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the state of a distiller, the student's or the teacher's part; any other state as it is."""
+    halves = [
+        {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+        for part in ("student.", "teacher.")
+    ]
+    if not halves[0]:
+        return state
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    fitting = [half for half in halves if {key: value.shape for key, value in half.items()} == expected]
+    return [*fitting, halves[0]][0]
 
 
 def _is_state(state: Any) -> bool:
