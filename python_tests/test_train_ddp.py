@@ -9,7 +9,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from train_cases import CONFIGS, CPU, ROOT, final_state, learning, one_thread_fixture, teacher_fixture, tiny, tiny_words  # noqa: F401
+from train_cases import (  # noqa: F401
+    CONFIGS,
+    CPU,
+    ROOT,
+    RUN,
+    final_state,
+    learning,
+    one_thread_fixture,
+    teacher_fixture,
+    tiny,
+    tiny_words,
+)
 
 from train import models
 from train.assembly import make_loaders
@@ -87,6 +98,20 @@ def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
     folder = tmp_path / "digits" / "normalised" / "seed_0"
     alone = evaluate_checkpoint(tiny(tmp_path, teacher), folder / "checkpoints" / "epoch_0002.pth", CPU)
     assert {name: final_state(folder)["history"][-1][name] for name in alone} == pytest.approx(alone, rel=1e-5)
+
+
+def test_an_error_is_shown_once_and_last(tmp_path):
+    """By torchrun, after all that it says itself about its processes."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(RUN), "--cfg", str(CONFIGS / "digits" / "kd.yaml"), "SOLVER.LRR", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    message = "ConfigError: SOLVER.LRR: expected a known key, got 'SOLVER.LRR'; nearest: SOLVER.LR"
+    assert done.returncode == 1 and (done.stdout + done.stderr).count(message) == 1, done.stderr
+    after = done.stderr[done.stderr.index(message) + len(message) :]
+    assert not after.strip().strip("="), after
 
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path, teacher):

@@ -11,7 +11,7 @@ from train_cases import CONFIGS, CPU, ROOT, one_thread_fixture, teacher_fixture,
 
 from train import report
 from train.claim import claimed
-from train.config import ConfigError
+from train.config import ConfigError, load_config
 from train.experiment import train
 from train.guard import NonFiniteLoss
 from train.run import main
@@ -56,6 +56,21 @@ def test_a_model_with_other_logits(tmp_path, monkeypatch):
     monkeypatch.setitem(models._BUILDERS["digits"], "features", lambda classes: torch.nn.Conv2d(1, classes, 3))
     with pytest.raises(ConfigError, match=r"logits \(1, 10\), got one of \(1, 10, 6, 6\)"):
         train(tiny(tmp_path, "", "DISTILLER.STUDENT", "features", method="vanilla"), CPU)
+
+
+def test_a_last_batch_of_one_image_is_known_before_the_run(tmp_path, monkeypatch):
+    """1,297 images in batches of 16 leave one: too few for BatchNorm where an image is one value a channel."""
+    from train import models
+
+    layers = [torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 10)]
+    monkeypatch.setitem(models._BUILDERS["digits"], "flat", lambda classes: torch.nn.Sequential(*layers))
+    words = ["SOLVER.BATCH_SIZE", "16", "SOLVER.EPOCHS", "1"]
+    with pytest.raises(
+        ConfigError, match=r"SOLVER\.BATCH_SIZE: .* for flat, got 1297 training images in batches of 16 .*choose"
+    ):
+        train(tiny(tmp_path, "", *words, "DISTILLER.STUDENT", "flat", method="vanilla"), CPU)
+    assert not list(tmp_path.iterdir())
+    train(tiny(tmp_path, "", *words, method="vanilla"), CPU, quiet=True)  # 16 pixels of one image are enough
 
 
 def test_folders_that_cannot_be_written(tmp_path, teacher):
@@ -121,6 +136,30 @@ def test_weights_alone_are_evaluated_with_a_configuration(kind, tmp_path, teache
         main(["--eval", str(path)])
     main(["--cfg", str(CONFIGS / "digits" / "teacher.yaml"), "--eval", str(path)])
     assert "test_top1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model"), r"--eval: load_weights: expected \S+ to hold a state dict"),
+        (lambda state: state.update(model={"x": 3}), r"--eval: load_weights: expected \S+ to hold a state dict"),
+        (lambda state: state.update(config=3), r"--cfg: expected beside --eval .* got no configuration in it"),
+        (lambda state: state["config"].update(SOLVERR=3), r"SOLVERR: expected a known key.*in the configuration that \S+ holds"),
+        (lambda state: state["config"].update(WHEN=3), r"WHEN: expected a valid list, got 3, in the configuration"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_lacks_what_evaluation_needs(change, message, tmp_path, teacher):
+    config = load_config(CONFIGS / "digits" / "teacher.yaml").model_dump()
+    state = {"epoch": 1, "config": config, **torch.load(teacher, weights_only=True)}
+    change(state)
+    torch.save(state, tmp_path / "changed.pth")
+    with pytest.raises(SystemExit, match=message):
+        main(["--eval", str(tmp_path / "changed.pth")])
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(SystemExit, match=r"--eval: expected the file of a checkpoint, got \S+: a folder"):
+        main(["--eval", str(tmp_path)])
 
 
 def test_wandb_without_an_account(tmp_path, teacher, monkeypatch):

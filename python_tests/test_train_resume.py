@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from train import models
 from train.checkpoint import Checkpoints, DamagedCheckpoint, generator_states, set_generator_states, write
 from train.config import ConfigError
 from train.experiment import train
+from train.naming import run_name
 from train.run import main
 
 # The learned temperature and the fp16 scaler have state of their own to get lost.
@@ -110,11 +112,64 @@ def test_when_all_are_damaged_the_run_is_not_started_anew(tmp_path, teacher):
 
 
 def test_another_configuration_is_refused(tmp_path, teacher):
-    stopped(tmp_path, teacher)
+    name = run_name(stopped(tmp_path, teacher).config)
     with pytest.raises(ConfigError, match=r"SOLVER\.LR 0\.05 instead of 0\.1"):
-        resumed(tmp_path, teacher, "SOLVER.LR", "0.1")
+        resumed(tmp_path, teacher, "SOLVER.LR", "0.1", "EXPERIMENT.NAME", name)
     with pytest.raises(ConfigError, match="which holds a run; continue it with --resume"):
         stopped(tmp_path, teacher)
+
+
+def test_the_teachers_content_counts_and_not_its_path(tmp_path, teacher, undisturbed):
+    stopped(tmp_path, teacher)
+    content = torch.load(teacher, weights_only=True)
+    torch.save(content["model"], tmp_path / "moved.pth")  # in another file of another form
+    next(iter(content["model"].values())).add_(1e-3)
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(
+        ConfigError, match=r"TEACHER\.WEIGHTS: expected the teacher that the run had, .* got \S+other\.pth with"
+    ):
+        resumed(tmp_path, tmp_path / "other.pth")
+    assert_undisturbed(resumed(tmp_path, tmp_path / "moved.pth"), undisturbed)
+
+
+def test_a_checkpoint_that_lacks_what_a_run_needs(tmp_path, teacher):
+    run = stopped(tmp_path, teacher)
+    path = run.folder / "checkpoints" / "epoch_0002.pth"
+    whole = torch.load(path, weights_only=True)
+    damaged = [
+        {key: value for key, value in whole.items() if key != left_out}
+        for left_out in whole
+        if left_out not in ("epoch", "best")
+    ]
+    damaged += [
+        whole | {key: value}
+        for key, value in {"config": 3, "generators": [{}], "model": {}, "history": 3, "epoch": "two"}.items()
+    ]
+    for state in damaged:
+        write(path, state)
+        with pytest.raises(
+            ConfigError, match=r"--resume: expected the state of a run of this trainer in \S+epoch_0002\.pth, got one"
+        ):
+            resumed(tmp_path, teacher)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_where_it_goes_on(number, tmp_path, teacher):
+    words = tiny_words(tmp_path, teacher, "SOLVER.EPOCHS", "2000", "EXPERIMENT.NAME", "stopped", "--seeds", "3", "4")
+    folder = tmp_path / "digits" / "stopped" / "seed_3"
+    command = [sys.executable, str(RUN), "--cfg", str(CONFIGS / "digits" / "kd.yaml"), *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (folder / "checkpoints" / "epoch_0002.pth").exists() and process.poll() is None:
+            time.sleep(0.001)
+        os.killpg(process.pid, number)
+        said = process.stderr.read()
+    assert process.returncode == 128 + number, said
+    last = max(Checkpoints(folder / "checkpoints", 1).epochs())
+    assert said.splitlines()[-1] == (
+        f"stopped by {number.name}; the same command with --resume goes on after epoch {last} of {folder}"
+    )
+    assert "Traceback" not in said and not list(folder.rglob("*.tmp"))
+    assert final_state(folder)["epoch"] == last
 
 
 def test_which_checkpoints_stay(tmp_path):

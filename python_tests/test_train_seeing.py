@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from train_cases import (  # noqa: F401
     CONFIGS,
     CPU,
     ROOT,
+    RUN,
     final_state,
     one_thread_fixture,
     teacher_fixture,
@@ -31,6 +34,7 @@ from train.models import build_model
 from train.run import main
 
 KD = ["--cfg", str(CONFIGS / "digits" / "kd.yaml")]
+NAME = "sort-kd_digits_teacher_digits_student,SOLVER.BATCH_SIZE=256"  # of a tiny run
 
 
 def rows_of(path):
@@ -113,7 +117,7 @@ def seeds(tmp_path_factory, teacher):
 
 
 def test_seeds_are_summed_up(seeds):
-    folder = seeds / "sort-kd_digits_teacher_digits_student"
+    folder = seeds / NAME
     (facts,) = json.loads((folder / "summary.json").read_text())
     accuracy = [[float(row["test_top1"]) for row in rows_of(folder / f"seed_{n}" / "metrics.csv")] for n in (1, 2, 3)]
     for name, values in {"best": [max(run) for run in accuracy], "last": [run[-1] for run in accuracy]}.items():
@@ -128,7 +132,7 @@ def test_the_report_compares_runs(seeds, tmp_path, capsys):
     table = (tmp_path / "report.md").read_text()
     assert table.strip() in capsys.readouterr().out and is_png(tmp_path / "report.png")
     lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
-    (facts,) = json.loads((seeds / "sort-kd_digits_teacher_digits_student" / "summary.json").read_text())
+    (facts,) = json.loads((seeds / NAME / "summary.json").read_text())
     assert f"| 3 | 2 | {facts['best']['mean']:.2f} ± {facts['best']['std']:.2f} |" in lines["Sort-KD"]
     assert "| digits_teacher → digits_student | 1 | 2 |" in lines["KD"] and "±" not in lines["KD"]
     with pytest.raises(SystemExit, match=r"no metrics\.csv there"):
@@ -136,14 +140,64 @@ def test_the_report_compares_runs(seeds, tmp_path, capsys):
 
 
 def test_the_report_is_a_command(seeds, tmp_path):
-    command = [sys.executable, str(ROOT / "train" / "report.py"), str(seeds), "--out", "here"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    """It writes beside the runs, says where, and stands a terminal that knows neither arrow nor plus-minus."""
+    shutil.copytree(seeds, tmp_path / "runs")
+    command = [sys.executable, str(ROOT / "train" / "report.py"), *sorted(map(str, (tmp_path / "runs").iterdir()))]
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+    }
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "| Sort-KD |" in done.stdout, done.stderr
-    assert is_png(tmp_path / "here" / "report.png")
+    assert f"report: {tmp_path / 'runs' / 'report.md'}" in done.stdout and is_png(tmp_path / "runs" / "report.png")
+    assert " ± " in (tmp_path / "runs" / "report.md").read_text(encoding="utf-8")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("metrics.csv", lambda text: text[:-20], r"row 2 of \["),
+        ("metrics.csv", lambda text: text.replace("2,0.05", "2,fast"), r"row 2 of \[.*'fast'"),
+        ("metrics.csv", lambda text: text + "1,2\n", r"row 3 of \["),
+        ("metrics.csv", lambda text: text.replace("test_top1", "accuracy"), "no column test_top1"),
+        ("metrics.csv", lambda text: "\0\0" + text, "no column epoch"),
+        ("config.yaml", lambda text: text.replace("SOLVER:", "SOLVER: ["), "while parsing"),
+        ("config.yaml", lambda text: text + "SOLVERR: {LR: 1}", "SOLVERR: expected a known key"),
+    ],
+)  # fmt: skip
+def test_the_report_names_a_damaged_file(file, damage, reason, seeds, tmp_path):
+    shutil.copytree(seeds / NAME, tmp_path / "runs")
+    path = tmp_path / "runs" / "seed_2" / file
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(SystemExit, match=rf"report: expected the file of a run at \S+/seed_2/{file}, got {reason}"):
+        report.main([str(tmp_path / "runs")])
+
+
+def test_no_character_costs_a_run(tmp_path, teacher):
+    """Files first, words after: in a terminal without the characters, and in pictures, which take `$` for a formula.
+
+    And a log of both streams has each epoch's line on a line of its own.
+    """
+    words = tiny_words(tmp_path, teacher, "EXPERIMENT.NAME", "cost $5 _{ $6 日本")
+    command = [sys.executable, str(RUN), *KD, *words, "--seeds", "1", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    folder = tmp_path / "digits" / "cost $5 _{ $6 日本"
+    assert json.loads((folder / "summary.json").read_text())[0]["seeds"] == [1, 2]
+    assert is_png(folder / "curves.png") and is_png(folder / "seed_2" / "curves.png")
+    assert r"digits_teacher \u2192 digits_student" in done.stdout and r"\xb1" in done.stdout
+    lines = done.stdout.split("\n")
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1", "epoch 2"] * 2
+    assert "\r" not in done.stdout and not [line for line in lines if "epoch 1:" in line[1:] or "epoch 2:" in line[1:]]
 
 
 def test_a_checkpoint_is_evaluated_as_it_was_trained(seeds, capsys):
-    folder = seeds / "sort-kd_digits_teacher_digits_student" / "seed_1"
+    folder = seeds / NAME / "seed_1"
     state = final_state(folder)
     for words in ([], KD):  # its own configuration, or one given
         main([*words, "--eval", str(folder / "checkpoints" / "epoch_0002.pth")])

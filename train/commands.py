@@ -17,8 +17,8 @@ from .checkpoint import DamagedCheckpoint, read
 from .config import ConfigError, load_config, merge, published_pairs, validate
 from .describe import describe
 from .distributed import World, join
-from .experiment import check_new, evaluate_checkpoint, train
-from .guard import NonFiniteLoss
+from .ending import in_words
+from .experiment import check_new, evaluate_checkpoint, train, where_to_go_on
 from .plots import plot_groups
 from .schema import Config
 from .summary import group_runs, histories, markdown_table, statistics_of
@@ -26,37 +26,35 @@ from .summary import group_runs, histories, markdown_table, statistics_of
 
 def execute(arguments: argparse.Namespace) -> None:
     """Run the command; an error that a user can mend ends it with its message alone."""
-    try:
+    configs: list[Config] = []
+    with in_words(lambda: where_to_go_on(configs)):
         config = _config(arguments)
         if arguments.dry_run:
             print(yaml.safe_dump(config.model_dump(), sort_keys=False))
             print(describe(config))
             return
+        if not arguments.eval and arguments.cfg is not None:
+            values, seeds = config.model_dump(), arguments.seeds or [config.EXPERIMENT.SEED]
+            configs += [validate(merge(values, {"EXPERIMENT": {"SEED": seed}})) for seed in seeds]
         if config.EXPERIMENT.THREADS:
             torch.set_num_threads(config.EXPERIMENT.THREADS)
         with join(config.EXPERIMENT.DEVICE) as world:
-            _execute(arguments, config, world)
-    except (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on after the last finished epoch")
+            _execute(arguments, config, configs, world)
 
 
-def _execute(arguments: argparse.Namespace, config: Config, world: World) -> None:
+def _execute(arguments: argparse.Namespace, config: Config, configs: Sequence[Config], world: World) -> None:
     if arguments.eval:
         numbers = evaluate_checkpoint(config, arguments.eval, world)
         if world.is_main:
             print(", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-    elif arguments.cfg is None:
-        demo.run_demo(arguments.overrides, world)
+    elif configs:
+        _train_seeds(configs, world, resume=arguments.resume)
     else:
-        _train_seeds(config, arguments.seeds or [config.EXPERIMENT.SEED], world, resume=arguments.resume)
+        demo.run_demo(arguments.overrides, world)
 
 
-def _train_seeds(config: Config, seeds: Sequence[int], world: World, *, resume: bool) -> None:
+def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool) -> None:
     """A run for each seed, then their mean and standard deviation."""
-    values = config.model_dump()
-    configs = [validate(merge(values, {"EXPERIMENT": {"SEED": seed}})) for seed in seeds]
     if not resume:
         for seeded in configs:  # all of them first: not the third after days with the first two
             check_new(seeded)
@@ -64,11 +62,11 @@ def _train_seeds(config: Config, seeds: Sequence[int], world: World, *, resume: 
     if not world.is_main:
         return
     groups, folder = group_runs(runs), runs[0].folder.parent
-    print(markdown_table(groups))
     if len(runs) > 1:
         facts = [statistics_of(group) for group in groups.values()]
         (folder / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
         plot_groups(histories(groups), folder / "curves.png", folder.name)
+    print(markdown_table(groups))
     print(f"runs: {folder}")
 
 
@@ -77,9 +75,14 @@ def _config(arguments: argparse.Namespace) -> Config:
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ConfigError(f"--seeds: expected each seed once, got {arguments.seeds}")
     if arguments.eval and not arguments.eval.is_file():
-        raise ConfigError(f"--eval: expected the file of a checkpoint, got {arguments.eval}: no such file")
+        found = "a folder" if arguments.eval.is_dir() else "no such file"
+        raise ConfigError(f"--eval: expected the file of a checkpoint, got {arguments.eval}: {found}")
     if arguments.eval and path is None:
-        return load_config(None, overrides, pair=arguments.pair, start=_config_in(arguments.eval))
+        start = _config_in(arguments.eval)
+        try:
+            return load_config(None, overrides, pair=arguments.pair, start=start)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, in the configuration that {arguments.eval} holds") from None
     for option in ("seeds", "pair", "resume"):
         if getattr(arguments, option) and path is None:
             raise ConfigError(f"--{option}: expected --cfg beside it, got none; the demo has its own runs")
@@ -94,11 +97,14 @@ def _config(arguments: argparse.Namespace) -> Config:
 def _config_in(checkpoint: Path) -> dict[str, Any]:
     """The configuration that one of our checkpoints holds."""
     try:
-        return read(checkpoint)["config"]
-    except (DamagedCheckpoint, KeyError) as error:
-        found = "none in it" if isinstance(error, KeyError) else str(error)
+        config = read(checkpoint).get("config")
+        found = "no configuration in it"
+    except DamagedCheckpoint as error:
+        config, found = None, str(error)
+    if not isinstance(config, dict):
         raise ConfigError(
             f"--cfg: expected beside --eval for a file that no run of this trainer wrote, got {found}; give a "
             "configuration whose DISTILLER.STUDENT is the file's model, as `--cfg train/configs/cifar100/vanilla.yaml "
             "DISTILLER.STUDENT resnet56`"
-        ) from None
+        )
+    return config

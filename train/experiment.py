@@ -7,13 +7,14 @@ import math
 import platform
 import shutil
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .assembly import build_trainer, check_fits, make_loaders, make_model
+from .assembly import build_trainer, check_fits, check_images, make_loaders, make_model
 from .checkpoint import Checkpoints, generator_states, read, set_generator_states
 from .claim import LOCK, claimed
 from .config import ConfigError, flatten
@@ -23,13 +24,10 @@ from .guard import NonFiniteLoss
 from .logs import Progress, Row, RunLog
 from .loop import AMP_DTYPES, Trainer, evaluate
 from .models import load_weights
-from .naming import method_label, run_folder, run_name
+from .naming import FREE, method_label, run_folder, run_name, teacher_weights
 from .plots import plot_run
 from .schema import Config
 from .summary import Run, statistics_of
-
-# A resumed run may differ in these: they change where it runs, what it keeps and how long, not what an epoch computes.
-_FREE = ("LOG.", "EXPERIMENT.DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "TEACHER.CACHE_DIR", "SOLVER.EPOCHS")
 
 
 def train(
@@ -66,9 +64,13 @@ def train(
         newest = on_main(start, world)
         state = None if newest is None else read(newest)
         if state is not None:
-            _check_same(config, state, world)
+            with _checkpoint_in_words(newest):
+                _check_same(config, state, world)
         trainer = build_trainer(config, world, loaders)
-        run = _train(trainer, state, checkpoints, quiet=quiet)
+        if state is not None:
+            with _checkpoint_in_words(newest):
+                _go_on(trainer, state)
+        run = _train(trainer, checkpoints, quiet=quiet)
         gather(None, world)  # on every rank the files are there once this returns
     return run
 
@@ -87,14 +89,25 @@ def check_new(config: Config) -> None:
         )
 
 
-def _train(trainer: Trainer, state: dict[str, Any] | None, checkpoints: Checkpoints, *, quiet: bool) -> Run:
+def where_to_go_on(configs: Sequence[Config]) -> str:
+    """What `--resume` would do for each of these runs that has begun and is not finished."""
+    lines = []
+    for config in configs:
+        done, folder = max(checkpoints_of(config).epochs(), default=0), run_folder(config)
+        if done:
+            if done < config.SOLVER.EPOCHS:
+                lines.append(f"the same command with --resume goes on after epoch {done} of {folder}")
+        elif folder.is_dir():
+            lines.append(f"no epoch of {folder} was finished: --resume starts it from the beginning")
+    return "; ".join(lines) or "nothing was under way that could go on"
+
+
+def _train(trainer: Trainer, checkpoints: Checkpoints, *, quiet: bool) -> Run:
     """The epochs that are left, each logged and saved, and what a finished run leaves."""
     config, world, folder = trainer.config, trainer.world, run_folder(trainer.config)
-    if state is not None:
-        trainer.load(state)
-        set_generator_states(state["generators"][world.rank])
+    teacher = "" if trainer.teacher is None else trainer.teacher.weights_digest
     history, steps, epochs = trainer.history, len(trainer.loaders.train), config.SOLVER.EPOCHS
-    label = f"{config.EXPERIMENT.NAME or method_label(config)} seed {config.EXPERIMENT.SEED}"
+    label = f"{method_label(config)} seed {config.EXPERIMENT.SEED}"
     progress = Progress(label, steps, epochs, len(history), shown=world.is_main)
     log = RunLog(folder, config, history, len(history) * steps + 1) if world.is_main else None
     try:
@@ -106,7 +119,8 @@ def _train(trainer: Trainer, state: dict[str, Any] | None, checkpoints: Checkpoi
             row["best_top1"] = trainer.best["test_top1"]
             generators = gather(generator_states(), world)
             if log is not None:
-                state = {**trainer.state(), "generators": generators, "config": config.model_dump()}
+                state = trainer.state()
+                state |= {"generators": generators, "config": config.model_dump(), "teacher": teacher}
                 checkpoints.save(epoch, state, is_best=trainer.best is row)
                 log.epoch(row, epoch * steps)
             progress.epoch(row, None if quiet else _line(row, trainer.best))
@@ -116,14 +130,15 @@ def _train(trainer: Trainer, state: dict[str, Any] | None, checkpoints: Checkpoi
             log.close()
     run = Run(folder, config, history)
     if world.is_main:
-        plot_run(history, folder / "curves.png", f"{run_name(config)}, seed {config.EXPERIMENT.SEED}")
         (folder / "summary.json").write_text(json.dumps({**statistics_of([run]), **machine(world)}, indent=1) + "\n")
+        plot_run(history, folder / "curves.png", f"{run_name(config)}, seed {config.EXPERIMENT.SEED}")
     return run
 
 
 def evaluate_checkpoint(config: Config, path: Path, world: World) -> Row:
     """The test numbers of a checkpoint's weights, ours or a published file's, as the configured student."""
     loaders = make_loaders(config, world)
+    check_images(loaders.test, config, world)
     student = make_model("DISTILLER.STUDENT", config, loaders.num_classes, loaders.image_shape)
     check_fits("DISTILLER.STUDENT", student, loaders.num_classes, loaders.image_shape)
     try:
@@ -163,9 +178,34 @@ def _check_finite(row: Row) -> None:
         )
 
 
+@contextmanager
+def _checkpoint_in_words(path: Path | None) -> Iterator[None]:
+    """What a checkpoint lacks or has otherwise: what is raised depends on what is in the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"--resume: expected the state of a run of this trainer in {path}, got one that does not fit "
+            f"({type(error).__name__}: {error}); remove that file to go on from the checkpoint before it"
+        ) from error
+
+
+def _go_on(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Put the state of the run into its trainer, which must have the teacher that the run had."""
+    if trainer.teacher is not None and trainer.teacher.weights_digest != state["teacher"]:
+        raise ConfigError(
+            f"TEACHER.WEIGHTS: expected the teacher that the run had, whose weights have the digest "
+            f"{state['teacher']}, got {teacher_weights(trainer.config)} with {trainer.teacher.weights_digest}"
+        )
+    trainer.load(state)
+    set_generator_states(state["generators"][trainer.world.rank])
+
+
 def _check_same(config: Config, state: dict[str, Any], world: World) -> None:
     now, then = flatten(config.model_dump()), flatten(state["config"])
-    changed = [key for key in now if now[key] != then.get(key) and not key.startswith(_FREE)]
+    changed = [key for key in now if now[key] != then.get(key) and not key.startswith(FREE)]
     if changed:
         differences = ", ".join(f"{key} {then.get(key)!r} instead of {now[key]!r}" for key in changed)
         raise ConfigError(f"--resume: expected the configuration of the run, got a checkpoint with {differences}")

@@ -20,6 +20,19 @@ from .schema import Config
 Row = dict[str, float]
 
 
+class _Lines:
+    """A log file in place of a terminal: tqdm goes back to the start of its line, where each text is due its own."""
+
+    def write(self, text: str) -> None:
+        """A line of what tqdm would have shown."""
+        if text := text.strip("\r\n "):
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        """As a file's."""
+        sys.stderr.flush()
+
+
 class Progress:
     """One bar for the whole run, so that its estimate is the run's; the numbers beside it refresh twice a second."""
 
@@ -30,6 +43,7 @@ class Progress:
         self._bar = tqdm(
             total=steps_per_epoch * epochs, initial=steps_per_epoch * done, unit="step", disable=not shown,
             mininterval=self._interval, dynamic_ncols=True, smoothing=0.1,
+            file=sys.stderr if sys.stderr.isatty() else _Lines(),
         )  # fmt: skip
         self._next = 0.0
 
@@ -44,7 +58,10 @@ class Progress:
         if self._bar.disable:
             return
         if line:
-            (self._bar.write if sys.stderr.isatty() else print)(line)
+            if sys.stderr.isatty():
+                self._bar.write(line)
+            else:
+                print(line, flush=True)  # at once: in a log of both streams it would come later, and in pieces
         if time.monotonic() >= self._next or row["epoch"] == self._epochs:
             self._show(int(row["epoch"]), {name.removeprefix("train_"): value for name, value in row.items()})
 
@@ -69,7 +86,7 @@ class RunLog:
     def __init__(self, folder: Path, config: Config, history: list[Row], first_step: int) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
         # A killed run may have logged past its checkpoint: the history in the checkpoint is what happened.
         self._csv = (folder / "metrics.csv").open("w", newline="")
         self._columns: csv.DictWriter[str] | None = None

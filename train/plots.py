@@ -47,7 +47,7 @@ def plot_groups(groups: Mapping[str, Sequence[Sequence[Row]]], path: Path, title
     figure, (accuracy, share, ends) = plt.subplots(1, 3, figsize=(15, height), layout="constrained")
     for number, (label, runs) in enumerate(groups.items(), 1):
         color, style = f"C{(number - 1) % 10}", ("-", "--", ":")[(number - 1) // 10 % 3]
-        _band(accuracy, runs, "test_top1", color, style, label=f"{number}: {label}")
+        _band(accuracy, runs, "test_top1", color, style, label=_literally(f"{number}: {label}"))
         _band(share, runs, "corrected", color, style, scale=100)
         for offset, marker, pick in ((-0.1, "^", max), (0.1, "o", lambda values: values[-1])):
             points = [pick([row["test_top1"] for row in run]) for run in runs]
@@ -81,8 +81,13 @@ def _finish(axes: Axes, name: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def _literally(text: str) -> str:
+    """A user's name as it is: between two `$` matplotlib would read a formula, and fail where it is none."""
+    return text.replace("$", r"\$")
+
+
 def _save(figure: plt.Figure, path: Path, title: str) -> None:
-    figure.suptitle(title)
+    figure.suptitle(_literally(title))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

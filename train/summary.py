@@ -16,8 +16,10 @@ import yaml
 from .config import validate
 from .naming import method_label
 from .schema import Config
+from .yaml_file import read_yaml
 
 Row = dict[str, float]
+_COLUMNS = ("epoch", "test_top1", "corrected", "mean_rank", "seconds")  # that tables and pictures are made of
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,29 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run from its folder."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return Run(folder, validate(yaml.safe_load((folder / "config.yaml").read_text())), history)
+    """A run from its folder; `ValueError` names the file that is not what a run writes."""
+    try:
+        path = folder / "metrics.csv"
+        history = _history(path)
+        path = folder / "config.yaml"
+        return Run(folder, validate(read_yaml(path)), history)
+    except (ValueError, csv.Error, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"report: expected the file of a run at {path}, got {reason}; mend it or remove it") from error
+
+
+def _history(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if missing := [name for name in _COLUMNS if name not in (rows.fieldnames or _COLUMNS)]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        history = []
+        for number, row in enumerate(rows, 1):
+            try:
+                history.append({name: float(value) for name, value in row.items()})
+            except (TypeError, ValueError):  # a cell too few or too many is None or a list
+                raise ValueError(f"row {number} of {list(row.values())}") from None
+    return history
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

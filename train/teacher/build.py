@@ -49,7 +49,10 @@ def build_teacher(
     loader = loaders.train
     if views != loader.views:
         raise ValueError(f"build_teacher: expected the loaders' number of views, {loader.views}, got {views}")
-    teacher = FrozenTeacher(model.to(loader.device), amp_dtype=amp_dtype, compile=compile, channels_last=channels_last)
+    teacher = FrozenTeacher(
+        model.to(loader.device), amp_dtype=amp_dtype, compile=compile, channels_last=channels_last,
+        weights_digest=weights_digest,
+    )  # fmt: skip
     if not views:
         return teacher
     key = CacheKey(

@@ -78,7 +78,7 @@ class CachedTeacher:
 
     def __init__(self, path: Path, key: CacheKey) -> None:
         """Open the file at `path`, which must hold the logits of `key`; `CacheRejected` says what is wrong with it."""
-        self.path, self.key = path, key
+        self.path, self.key, self.weights_digest = path, key, key.weights_digest
         found, checksum = _read_header(path)
         if difference := key.difference(found):
             raise CacheRejected(f"teacher cache {path} is of another run: {difference}")

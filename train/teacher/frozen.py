@@ -14,6 +14,8 @@ from ..data import Batch
 class Teacher(Protocol):
     """What the trainer needs of a teacher."""
 
+    weights_digest: str
+
     def logits(self, batch: Batch) -> Tensor:
         """float32 logits ``[B, num_classes]`` of the batch's images, on their device, without a gradient."""
 
@@ -28,9 +30,11 @@ class FrozenTeacher(nn.Module):
         amp_dtype: torch.dtype | None = None,
         compile: bool = False,
         channels_last: bool = True,
+        weights_digest: str = "",
     ) -> None:
         """`model` is frozen in place. `amp_dtype`: autocast to it; `compile`: run it through torch.compile."""
         super().__init__()
+        self.weights_digest = weights_digest
         self.model = model.requires_grad_(False).eval()
         self.amp_dtype = amp_dtype
         if channels_last:
