@@ -1,7 +1,8 @@
 """The loss against its peers, timed: a CSV, tables and a plot in `benchmarks/results/`; `--quick` ends in a minute.
 
 "both", the forward and the backward pass together, is the column that compares equal work: the fused op makes its
-gradient in the forward pass, the others in the backward pass.
+gradient in the forward pass, the others in the backward pass. On a CUDA device the cases and columns are those of
+gpu_loss.py; `--rehearse` runs these on the CPU with tiny shapes, to no figure's use.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import gpu_loss
 import harness
 import peers
 import torch
@@ -239,15 +241,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few cases, few calls, under a minute; files go to runs/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rehearse", action="store_true", help="run what a GPU would, on the CPU; files go to runs/")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the cases whose name matches")
-    parser.add_argument("--budget", type=float, metavar="S", help="seconds to time each case (8; quick: 0.5)")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds to time each case (8; quick: 0.5; GPU: 0.6)")
     parser.add_argument("--output", type=Path, help="folder of bench_loss.csv, .md and .png")
     args = parser.parse_args()
-    device, started = torch.device(args.device), time.perf_counter()
-    budget = args.budget if args.budget is not None else 0.5 if args.quick else 8.0
-    output = args.output or (QUICK_RESULTS if args.quick or args.only else RESULTS)
+    device, started = torch.device("cpu" if args.rehearse else args.device), time.perf_counter()
+    output = args.output or (QUICK_RESULTS if args.quick or args.only or args.rehearse else RESULTS)
     facts = harness.machine(device, sk.build_info())
     print(*(f"{k}: {v}" for k, v in facts.items()), sep="\n")
+    if args.rehearse or device.type == "cuda":
+        budget = args.budget if args.budget is not None else 0.1 if args.rehearse else 0.6
+        failed = gpu_loss.main(device, output, facts, quick=args.quick, only=args.only, budget_s=budget)
+        print(f"{time.perf_counter() - started:.0f} s; written to {output}")
+        sys.exit(f"bench_loss: {failed} of this package's providers failed" if failed else 0)
+    budget = args.budget if args.budget is not None else 0.5 if args.quick else 8.0
     ours = peers.backends(workloads.make(8, 100, device=device))[0]
     rows, notes = [], [f"{warning}: these timings are noise"] if (warning := harness.busy()) else []
     for name, build in peers.cases(device, args.quick):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import sys
 import tempfile
 import time
@@ -277,7 +278,8 @@ def main() -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
     text = markdown(rows, facts)
     (output / "bench_step.md").write_text(text)
-    plot(rows, facts, output / "bench_step.png")
+    if importlib.util.find_spec("matplotlib"):  # a GPU machine may have no more than torch
+        plot(rows, facts, output / "bench_step.png")
     print(text)
 
 

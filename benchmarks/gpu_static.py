@@ -1,216 +1,284 @@
-"""What the compiled form of the GPU kernels shows, on a machine without a GPU.
+"""What the machine code of GPU kernels shows, read without a GPU: facts, and no prediction of a time.
 
-    TRITON_INTERPRET=0 python benchmarks/gpu_static.py
+    python benchmarks/gpu_static.py kernels.cubin                               # or an object file, or an extension
+    python benchmarks/gpu_static.py csrc/cuda/loss_float.cu --arch sm_90        # compiled first, by nvcc
+    python benchmarks/gpu_static.py kernels.cubin --itemsize 2 --held 32        # bf16, 32 classes held by a thread
 
-writes `benchmarks/results/gpu_static.csv` and `.md`. Registers, local memory, widths and counts are read off the
-machine code (`sass.py`); the roofline (`cards.py`) is a model. Nothing here is a timing, and nothing ran on a GPU.
+A hot loop is an innermost loop that reads or writes logits in vectors. Its classes are those that a thread handles in
+one pass over its body. What a warp executes once is the way through the rest that meets most vectors and exponentials,
+and of those the shortest: that of a row whose teacher is right, with what part of the correction has an exponential
+outside of a loop, so that the count is never too low.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
-import hashlib
 import re
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
-from itertools import chain
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-import cuda_instances
-import static_report
-import torch
-import triton
-from cards import CARDS, PIPES, Prediction, predict
-from sass import read
-from static_rows import BYTES, Row, nvidia_row
-
-from sortkd_kernels import backends
-from sortkd_kernels.backends.triton import offline
-from sortkd_kernels.backends.triton.offline import Case
-from sortkd_kernels.ops import LossConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = (100, 1000, 1024, 32000)
-
-# Beyond the table: the launches that press hardest on the registers, none of which may spill.
-F64, F16 = torch.float64, torch.float16
-HARD = (
-    Case(8192, temperature=2.5),  # the most classes on chip, and an exponential more
-    Case(4096, every_sum=True, temperature=2.5),
-    Case(2048, F64, every_sum=True, temperature=2.5),
-    Case(10, F64, every_sum=True, temperature=2.5),  # short rows: a lane has the scalars of several
-    Case(150, torch.bfloat16, dense=True, every_sum=True, temperature=2.5),
-    Case(1001, F16, torch.float32, temperature=2.5),  # single loads
-    Case(32000, torch.bfloat16, top_k=64, every_sum=True, temperature=2.5),
-)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+_USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
+_EXPONENTIAL = "MUFU.EX2"
 
 
-def triton_rows(case: Case, label: str, target: str, only: str | None = None) -> Iterator[Row]:
-    """A row for each kernel that a case launches (the first launch of each kind); ``only`` one of them by name."""
-    seen = set()
-    for launch in offline.launches(case, target, LossConfig, rows=64):
-        name = launch.kernel.__name__
-        if (name, launch.left) in seen or (only and name != only):
-            continue
-        seen.add((name, launch.left))
-        binary = offline.compiled(launch, target)
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", F16: "fp16", F64: "fp64"}[case.dtype]
-        if target.startswith("gfx"):
-            facts = {key: int(re.search(rf"\.{key}:\s+(\d+)", binary.asm["amdgcn"])[1])
-                     for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size",
-                                 "group_segment_fixed_size")}  # fmt: skip
-            local = facts["vgpr_spill_count"] + facts["private_segment_fixed_size"] // 4
-            yield Row("triton", name, label, case.C, dtype, target, launch.left, 64 * launch.num_warps, launch.rows,
-                      facts["vgpr_count"], local, facts["group_segment_fixed_size"])  # fmt: skip
-            continue
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            (code,) = read(Path(file.name), CUOBJDUMP).values()
-        labels = binary.asm["ptx"].count("ld.global.b64")
-        yield nvidia_row(
-            "triton", code, name, label, case.C, dtype, target, launch.left, launch.num_warps, launch.rows,
-            binary.metadata.shared, labels,
-        )  # fmt: skip
+class Instruction(NamedTuple):
+    """One instruction: its address, whether it may be skipped, its opcode with modifiers, and a branch's target."""
+
+    address: int
+    conditional: bool
+    opcode: str
+    target: int | None
+
+    @property
+    def wide(self) -> int:
+        """The bytes that a thread moves by an access of a vector, 0 for any other instruction."""
+        if not self.opcode.startswith(("LDG", "STG", "LDS")):
+            return 0
+        # Entries of the correction's list in shared memory have 8 bytes.
+        return 16 if ".128" in self.opcode else 8 if ".64" in self.opcode and self.opcode[2] == "G" else 0
 
 
-def cuda_rows(files: list[Path]) -> Iterator[Row]:
-    """The kernels of the compiled extension (or of its objects), and the path of those that serve the table."""
-    for target in ("sm_80", "sm_89", "sm_90", "sm_100"):
-        kernels = {name: code for file in files for name, code in read(file, CUOBJDUMP, "-arch", target).items()}
-        for C in SIZES:
-            for dtype in DTYPES:
-                chosen = cuda_instances.instance(C, dtype)
-                if chosen and (target != "sm_89" or C == 1000):  # sm_89: for the model's consumer card
-                    (code,) = (k for name, k in kernels.items() if chosen.mangled in name)
-                    yield nvidia_row("cuda", code, chosen.kernel, "", C, dtype, target, False, chosen.lanes // 32,
-                                     chosen.rows, chosen.shared, 1)  # fmt: skip
-        for name, code in sorted(kernels.items()) if target in NVIDIA else ():
-            yield Row("cuda", cuda_instances.kernel_name(name), "every call", 0, "", target, False, 0, 0,
-                      code.registers, code.local_accesses, 0)  # fmt: skip
+class Piece(NamedTuple):
+    """Instructions that are executed together: of a pass over a loop, or of the way outside of the loops."""
+
+    opcodes: tuple[str, ...]
+    loaded: int  # bytes of a thread, by wide accesses
+    stored: int
+
+    @staticmethod
+    def of(code: Iterable[Instruction]) -> Piece:
+        """The piece made of these instructions."""
+        code = tuple(code)
+        moved = {kind: sum(x.wide for x in code if x.opcode.startswith(kind)) for kind in ("LD", "ST")}
+        return Piece(tuple(x.opcode for x in code), moved["LD"], moved["ST"])
+
+    def count(self, prefix: str) -> int:
+        """The instructions whose opcode begins so."""
+        return sum(opcode.startswith(prefix) for opcode in self.opcodes)
+
+    def classes(self, itemsize: int) -> float:
+        """The classes of a pass: as many as it writes gradients, or half the logits that it reads, of both sides."""
+        return (self.stored or self.loaded / 2) / itemsize
 
 
-def all_triton_rows() -> Iterator[Row]:
-    """Everything that Triton compiles."""
-    for C in SIZES:
-        for dtype in DTYPES.values():
-            for target in (*NVIDIA, "gfx942"):
-                yield from triton_rows(Case(C, dtype), "", target)
-    for dtype in DTYPES.values():
-        yield from triton_rows(Case(1000, dtype), "", "sm_89", "sort_kd_tile")  # for the model's consumer card
-    for case in HARD:
-        for target in NVIDIA:
-            for row in triton_rows(case, _label(case), target):
-                if row.kernel in ("sort_kd_tile", "sort_kd_stream") or case.dtype == F64:  # the others are in the table
-                    yield row
+class Kernel:
+    """The compiled form of one kernel.
+
+    Attributes:
+        name: the (mangled) name.
+        registers, stack: of a thread; a stack holds spills and arrays that found no registers.
+    """
+
+    def __init__(self, name: str, text: str, registers: int, stack: int) -> None:
+        self.name, self.registers, self.stack = name, registers, stack
+        found = [(int(a, 16), bool(p), o, rest) for a, p, o, rest in _INSTRUCTION.findall(text) if o != "NOP"]
+        # `BRA P0, 0x10` has its condition among the operands.
+        self.code = [
+            Instruction(a, guard or (o.startswith("BRA") and "," in rest), o, _target(o, rest))
+            for a, guard, o, rest in found
+        ]
+
+    @property
+    def local_accesses(self) -> int:
+        """Instructions that touch local memory."""
+        return sum(x.opcode.startswith(("LDL", "STL")) for x in self.code)
+
+    def count(self, prefix: str) -> int:
+        """Instructions of the whole code whose opcode begins so."""
+        return sum(x.opcode.startswith(prefix) for x in self.code)
+
+    def per_class(self, itemsize: int, held: float = 0) -> dict[str, float]:
+        """Instructions and exponentials that a thread executes for each of its classes, for a row of rank 0.
+
+        Args:
+            itemsize: bytes of a logit.
+            held: the classes that a thread holds, over which the way outside of the hot loops is spread; 0 leaves it
+                out, as a long row does.
+        """
+        pieces = [(piece, piece.classes(itemsize)) for piece in self.hot_loops]
+        kinds: dict[tuple[int, bool, bool], tuple[float, float]] = {}
+        for piece, classes in pieces:
+            issued, exponentials = len(piece.opcodes) / classes, piece.count(_EXPONENTIAL) / classes
+            # The compiler splits a loop into an unrolled one and a rest of the same kind: the cheaper one counts.
+            kind = (round(exponentials), bool(piece.loaded), bool(piece.stored))
+            kinds[kind] = min(kinds.get(kind, (issued, exponentials)), (issued, exponentials))
+        if held:
+            kinds[-1, False, False] = len(self.once.opcodes) / held, self.once.count(_EXPONENTIAL) / held
+        return {
+            name: round(sum(x[i] for x in kinds.values()), 1) for i, name in enumerate(("instructions", "exponentials"))
+        }
+
+    @cached_property
+    def hot_loops(self) -> list[Piece]:
+        """The hot loops in the order of the code."""
+        return [Piece.of(self.code[i] for i in [*self._way(head, back), back]) for head, back, _ in self._loops]
+
+    @cached_property
+    def once(self) -> Piece:
+        """What is executed outside of the hot loops."""
+        skipped = {i for _, _, body in self._loops for i in body}
+        # The last instruction that ends the kernel for every thread, or for those that are left.
+        end = max(i for i in self._order[0] if self.code[i].opcode == "EXIT" and not self.code[i].conditional)
+        return Piece.of(self.code[i] for i in [*self._way(0, end), end] if i not in skipped)
+
+    @cached_property
+    def _next(self) -> list[list[int]]:
+        """The instructions that may follow each."""
+        at, graph = {x.address: i for i, x in enumerate(self.code)}, []
+        for i, x in enumerate(self.code):
+            after = [i + 1] if i + 1 < len(self.code) else []
+            name = x.opcode.split(".")[0]
+            if name == "BRA":
+                # A branch of diverged lanes around a collective: a warp that holds whole rows does not diverge.
+                taken = [at[x.target]] if ".DIV" not in x.opcode and x.target in at else []
+                after = taken + (after if x.conditional else [])
+            elif name == "CALL" or (name in ("EXIT", "RET", "BRX", "JMX", "BPT") and not x.conditional):
+                after = []  # a failed assertion, or the end
+            graph.append(after)
+        return graph
+
+    @cached_property
+    def _order(self) -> tuple[list[int], set[tuple[int, int]]]:
+        """The instructions that can be reached, each after all that lead to it but by a branch back; those branches."""
+        order, back, open_ = [], set(), {0}
+        seen, stack = {0}, [(0, iter(self._next[0]))]
+        while stack:
+            i, after = stack[-1]
+            j = next(after, None)
+            if j is None:
+                order.append(i)
+                open_.discard(i)
+                stack.pop()
+            elif j not in seen:
+                seen.add(j)
+                open_.add(j)
+                stack.append((j, iter(self._next[j])))
+            elif j in open_:
+                back.add((j, i))
+        return order[::-1], back
+
+    @cached_property
+    def _loops(self) -> list[tuple[int, int, set[int]]]:
+        """Head, branch back and body of each hot loop."""
+        before: dict[int, list[int]] = {}
+        for i in self._order[0]:
+            for j in self._next[i]:
+                before.setdefault(j, []).append(i)
+        loops = []
+        for head, back in sorted(self._order[1]):
+            body, todo = {head}, [back]
+            while todo:
+                i = todo.pop()
+                if i not in body:
+                    body.add(i)
+                    todo += before.get(i, [])
+            loops.append((head, back, body))
+        inner = [x for x in loops if not any(y[2] < x[2] for y in loops)]
+        return [x for x in inner if self._is_hot([self.code[i] for i in self._way(x[0], x[1])])]
+
+    def _is_hot(self, body: list[Instruction]) -> bool:
+        # A loop with neither maxima nor exponentials that writes nothing orders the correction's list. Vectors in
+        # shared memory are logits only where they came there by asynchronous copies.
+        on_logits = any(x.opcode.startswith((_EXPONENTIAL, "FMNMX", "HMNMX")) for x in body)
+        kinds = ("LDG", "LDS") if self.count("UBLKCP") + self.count("LDGSTS") else ("LDG",)
+        return any(x.wide and (x.opcode.startswith("STG") or (on_logits and x.opcode.startswith(kinds))) for x in body)
+
+    def _way(self, start: int, end: int) -> list[int]:
+        """The busiest way from one instruction to another, without the last, and of those the shortest."""
+        order, back = self._order
+        best: dict[int, tuple[int, int]] = {start: (0, 0)}
+        before: dict[int, int] = {}
+        for i in order:
+            if i not in best or i == end:
+                continue
+            work = self.code[i].wide + self.code[i].opcode.startswith(_EXPONENTIAL)
+            reached = (best[i][0] - work, best[i][1] + 1)
+            for j in self._next[i]:
+                if (j, i) not in back and (j not in best or reached < best[j]):
+                    best[j], before[j] = reached, i
+        if end not in best:
+            raise ValueError(f"{self.name}: no way from instruction {start} to {end}")
+        way = [end]
+        while way[-1] != start:
+            way.append(before[way[-1]])
+        return way[:0:-1]
 
 
-def _label(case: Case) -> str:
-    words = {"every sum": case.every_sum, "dense": case.dense, f"top {case.top_k}": case.top_k,
-             "swap": case.correction == 2, f"T {case.temperature:g}": True}  # fmt: skip
-    return ", ".join(word for word, present in words.items() if present)
+def _target(opcode: str, operands: str) -> int | None:
+    found = re.search(r"(0x[0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
+    return int(found[1], 16) if found else None
 
 
-def fingerprint() -> str:
-    """A hash of what the Triton kernels compute and of how they are launched: comments and docstrings do not count."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "sortkd_kernels" / "backends" / "triton").glob("*.py")):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if (
-                isinstance(body, list)
-                and body
-                and isinstance(body[0], ast.Expr)
-                and isinstance(body[0].value, ast.Constant)
-            ):
-                body[0] = ast.Pass()
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, or in triton's package."""
+    if path := shutil.which(name):
+        return path
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(path) if path.exists() else None
 
 
-def write(rows: list[Row], output: Path) -> None:
-    """The CSV, whose first line says what it was made from, and the tables."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "gpu_static.csv").open("w", newline="") as file:
-        file.write(f"# sources {fingerprint()} {cuda_instances.fingerprint()}, triton {triton.__version__}\n")
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
-    (output / "gpu_static.md").write_text(static_report.markdown(rows, promises(rows), list(predictions(rows))))
+def read(path: Path, arch: str | None = None) -> list[Kernel]:
+    """Every kernel of a cubin, an object file or a library, there of one architecture, by cuobjdump.
+
+    Raises:
+        FileNotFoundError: there is no cuobjdump.
+    """
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        raise FileNotFoundError("gpu_static: cuobjdump is neither on PATH nor in triton's package")
+    command = [cuobjdump, *(["-arch", arch] if arch else []), "-res-usage", "-sass", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: (int(registers), int(stack)) for name, registers, stack in _USAGE.findall(text)}
+    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)
+    return [Kernel(name, body, *usage[name]) for name, body in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def load(path: Path) -> tuple[str, list[Row]]:
-    """The first line of a CSV, and its rows."""
-    head, *lines = path.read_text().splitlines()
-    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(Row)}
-    convert = {"int": int, "float": float, "str": str, "bool": lambda x: x == "True"}
-    rows = [
-        Row(**{k: convert[kinds[k]](v) if v or kinds[k] == "str" else None for k, v in r.items()})
-        for r in csv.DictReader(lines)
-    ]
-    return head, rows
-
-
-def predictions(rows: list[Row]) -> Iterator[tuple[str, Row, Prediction]]:
-    """The model for each card and each kernel of the table that is compiled for it."""
-    for name, card in CARDS.items():
-        for r in rows:
-            if r.target == card.target and r.instructions is not None:
-                lanes = {"issue": r.instructions * r.C}
-                lanes |= {pipe: getattr(r, pipe.replace(" ", "_").replace("-", "_")) * r.C for pipe in PIPES}
-                yield name, r, predict(card, r.bytes_ratio * 3 * r.C * BYTES[r.dtype], lanes)
-
-
-def promises(rows: list[Row]) -> list[tuple[str, list[str]]]:
-    """What must hold, each with the rows (in words) where it does not."""
-
-    def where(found: Iterable[Row]) -> list[str]:
-        return [f"{r.backend} {r.kernel} {r.target} {r.C} {r.dtype} {r.case}".strip() for r in found]
-
-    paths = [r for r in rows if r.reads is not None]
-    wide = [r for r in paths if r.C * BYTES[r.dtype] % 16 == 0]
-    return [
-        ("no kernel touches local memory: nothing spills", where(r for r in rows if r.local)),
-        (
-            "logits and gradient move 16 bytes a lane where C e is a multiple of 16",
-            where(r for r in wide if (r.load_bytes, r.store_bytes) != (16, 16)),
-        ),
-        (
-            "rows that a kernel holds on chip move at most 1.05 of the least bytes, 3 C e",
-            where(r for r in paths if r.on_chip and r.bytes_ratio > 1.05),
-        ),
-        (
-            "at C = 1000 memory is the limit on each card of the model",
-            [
-                f"{name}: {r.dtype}, {p.binds}"
-                for name, r, p in predictions(rows)
-                if r.C == 1000 and p.binds != "memory"
-            ],
-        ),
-    ]
+def compiled(source: Path, arch: str, output: Path) -> Path:
+    """A .cu file as a cubin in the folder ``output``."""
+    cubin = output / f"{source.stem}.{arch}.cubin"
+    command = ["nvcc", "-O3", "-std=c++20", "--expt-relaxed-constexpr", f"-arch={arch}", "-cubin", "-o", cubin, source]
+    subprocess.run(command, check=True)
+    return cubin
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuda", type=Path, nargs="+", help="object files in place of the installed extension")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of gpu_static.csv and .md")
+    parser.add_argument("files", type=Path, nargs="+", help="cubins, object files, extensions; .cu files are compiled")
+    parser.add_argument("--arch", help="for a .cu file (sm_90), or one of those in an extension")
+    parser.add_argument("--itemsize", type=int, default=4, help="bytes of a logit (4)")
+    parser.add_argument("--held", type=float, default=0, help="classes that a thread holds in registers")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the kernels whose name matches")
     args = parser.parse_args()
-    rows = []
-    for row in chain(cuda_rows(args.cuda or [Path(backends.extension().__file__)]), all_triton_rows()):
-        rows.append(row)
-        print(
-            f"{row.target} {row.kernel} C={row.C} {row.dtype} {row.case}: {row.registers} registers, {row.local} local"
-        )
-    write(rows, args.output)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in args.files:
+            is_source = path.suffix == ".cu"
+            binary = compiled(path, args.arch or "sm_90", Path(folder)) if is_source else path
+            for k in read(binary, None if is_source else args.arch):
+                if not re.search(args.only, k.name):
+                    continue
+                wide = {x: sum(i.wide == 16 for i in k.code if i.opcode.startswith(x)) for x in ("LDG", "STG")}
+                print(
+                    f"{k.name}\n  {k.registers} registers, {k.stack} bytes of stack, {k.local_accesses} accesses of "
+                    f"local memory, {len(k.code)} instructions, {k.count(_EXPONENTIAL)} exponentials; 16-byte accesses "
+                    f"of global memory: {wide['LDG']} loads, {wide['STG']} stores\n"
+                    f"  a class: {k.per_class(args.itemsize, args.held)}"
+                )
+                for piece in k.hot_loops:
+                    print(
+                        f"  hot loop: {len(piece.opcodes)} instructions, {piece.count(_EXPONENTIAL)} exponentials, "
+                        f"{piece.classes(args.itemsize):g} classes"
+                    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 PHASES = ("forward", "backward", "both")
 SLICE_S = 0.04  # what a provider's turn lasts at least, so that short calls run in warm caches
 MAX_CALLS = 200
-CUDA_FLUSH_BYTES = 256 << 20  # more than any GPU's last-level cache
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler announces itself at each start otherwise
 
@@ -45,6 +43,7 @@ class Provider:
         prepare: runs untimed before each call.
         roof, chain: the names of the providers that this one is held against: the copy of the same bytes, and the same
             work in eager PyTorch.
+        captured: whether a CUDA graph can be made of it.
     """
 
     name: str
@@ -56,6 +55,7 @@ class Provider:
     prepare: Callable[[], None] | None = None
     roof: str = "roof"
     chain: str = ""
+    captured: bool = True
 
     def run(self) -> Tensor:
         """One untimed call, with its backward pass if grad is enabled; the gradients stay for the caller to look at."""
@@ -90,41 +90,11 @@ class Spread(NamedTuple):
         return Spread(median, q1, q3, len(samples))
 
 
-class CpuClock:
-    """Wall-clock time around synchronous calls."""
-
-    def before(self) -> None:
-        """Nothing: on the CPU the logits are warm when a training loop calls its loss."""
-
-    def mark(self) -> float:
-        """A point in time."""
-        return time.perf_counter()
-
-    def seconds(self, marks: Sequence[Sequence[float]]) -> list[list[float]]:
-        """The durations between consecutive marks of each call."""
-        return [[b - a for a, b in pairwise(m)] for m in marks]
-
-
-class CudaClock:
-    """CUDA events; the cache is flushed before each call, and the flush gives the host time to run ahead."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.flush = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def before(self) -> None:
-        """Evict the inputs from the device's cache."""
-        self.flush.zero_()
-
-    def mark(self) -> torch.cuda.Event:
-        """A point in the stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, marks: Sequence[Sequence[torch.cuda.Event]]) -> list[list[float]]:
-        """The durations between consecutive marks of each call; waits for the device."""
-        torch.cuda.synchronize()
-        return [[a.elapsed_time(b) / 1e3 for a, b in pairwise(m)] for m in marks]
+def mark(device: torch.device) -> float:
+    """A point in time, after all that was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
@@ -150,7 +120,6 @@ def measure(
     Returns:
         ``{provider name: {phase: Spread}}``; a provider without leaves has the phase ``"both"`` only.
     """
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
     samples = {p.name: _Samples() for p in providers}
     order = list(providers)
     shuffle = random.Random(0).shuffle  # no provider always follows the same one
@@ -162,14 +131,14 @@ def measure(
         while rounds < min_rounds or time.perf_counter() < deadline:
             shuffle(order)
             for p in order:
-                _turn(p, samples[p.name], clock)
+                _turn(p, samples[p.name], device)
             rounds += 1
     finally:
         gc.enable()
     return {p.name: samples[p.name].spreads(bool(p.leaves)) for p in providers}
 
 
-def _turn(provider: Provider, samples: _Samples, clock: CpuClock | CudaClock) -> None:
+def _turn(provider: Provider, samples: _Samples, device: torch.device) -> None:
     calls = min(MAX_CALLS, 1 + int(SLICE_S / min(samples.both))) if samples.both else 1
     if calls > 1:
         provider.run()  # the caches and the allocator still hold the previous provider's memory
@@ -178,19 +147,18 @@ def _turn(provider: Provider, samples: _Samples, clock: CpuClock | CudaClock) ->
     for _ in range(calls):
         if provider.prepare:
             provider.prepare()
-        clock.before()
-        start = clock.mark()
+        start = mark(device)
         result = provider.call()
-        middle = clock.mark()
+        middle = mark(device)
         if provider.leaves:
             result.backward()
-        marks.append((start, middle, clock.mark()))
+        marks.append((start, middle, mark(device)))
         del result
         provider.release()
-    for forward, backward in clock.seconds(marks):
-        samples.forward.append(forward)
-        samples.backward.append(backward)
-        samples.both.append(forward + backward)
+    for start, middle, end in marks:
+        samples.forward.append(middle - start)
+        samples.backward.append(end - middle)
+        samples.both.append(end - start)
 
 
 def peak_memory(provider: Provider, device: torch.device) -> float:

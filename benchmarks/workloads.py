@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ SHAPES = (
     (32, 262144),
 )
 QUICK_SHAPES = ((64, 100), (4096, 1000))
-BASE = (4096, 1000)
+BASE, GPU_BASE = (4096, 1000), (8192, 1000)
 ACCURACIES = {"always right": 1.0, "95%": 0.95, "80%": 0.8, "50%": 0.5, "always wrong": 0.0, "random": None}
 DENSE = (8, 150, 128, 128)
 TOP_K, TOP_K_SHAPE = 64, (512, 32000)
@@ -45,6 +45,14 @@ class Inputs:
     target: Tensor
     class_dim: int = -1
     _truth: dict[tuple[tuple[str, object], ...], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def with_own_leaf(self) -> Inputs:
+        """The same batch in the same memory, with a student whose gradient is nobody else's.
+
+        A CUDA graph needs it: autograd's node that accumulates into a leaf belongs to the stream on which it was made,
+        and one left from an eager call would draw that stream into the capture and end it.
+        """
+        return replace(self, student=self.student.detach().requires_grad_())
 
     @property
     def nbytes(self) -> int:
@@ -117,37 +125,33 @@ def make(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """A batch ``[rows, classes]``, the same for the same arguments.
+    """A batch ``[rows, classes]``, the same for the same arguments on one kind of device.
 
     Args:
         accuracy: the share of rows where the teacher is right. In the others a few classes are above the label: one in
             half of them, two in a quarter, and so on. None is an untrained teacher: the label has any rank.
         dtype, teacher_dtype: of the student and the teacher, the teacher's being ``dtype`` by default.
     """
-    g = torch.Generator().manual_seed(seed)
-    student = SCALE * torch.randn(rows, classes, generator=g)
-    teacher = SCALE * torch.randn(rows, classes, generator=g)
-    target = torch.randint(classes, (rows,), generator=g)
+    g = torch.Generator(device).manual_seed(seed)
+    student, teacher = (torch.randn(rows, classes, generator=g, device=device).mul_(SCALE) for _ in "st")
+    target = torch.randint(classes, (rows,), generator=g, device=device)
     if accuracy is not None:
-        rank = torch.empty(rows).geometric_(0.5, generator=g).clamp(max=min(MAX_RANK, classes - 2)).long()
-        right = torch.randperm(rows, generator=g) < round(accuracy * rows)
+        rank = torch.empty(rows, device=device).geometric_(0.5, generator=g)
+        rank = rank.clamp(max=min(MAX_RANK, classes - 2)).long()
+        right = torch.randperm(rows, generator=g, device=device) < round(accuracy * rows)
         _place_label(teacher, target, rank.masked_fill(right, 0))
-    return Inputs(
-        student.to(device=device, dtype=dtype).requires_grad_(),
-        teacher.to(device=device, dtype=teacher_dtype or dtype),
-        target.to(device),
-    )
+    return Inputs(student.to(dtype).requires_grad_(), teacher.to(teacher_dtype or dtype), target)
 
 
 def make_dense(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Inputs:
     """A segmentation batch: logits of ``shape`` ``[N, C, H, W]``, contiguous, labels ``[N, H, W]``."""
     n, classes, *space = shape
-    flat = make(n * torch.Size(space).numel(), classes)
+    flat = make(n * torch.Size(space).numel(), classes, device=device)
 
     def dense(rows: Tensor) -> Tensor:
-        return rows.detach().reshape(n, *space, classes).movedim(-1, 1).contiguous().to(device)
+        return rows.detach().reshape(n, *space, classes).movedim(-1, 1).contiguous()
 
-    target = flat.target.reshape(n, *space).to(device)
+    target = flat.target.reshape(n, *space)
     return Inputs(dense(flat.student).requires_grad_(), dense(flat.teacher), target, class_dim=1)
 
 

@@ -45,6 +45,8 @@ SHAPES = (
 )
 LARGE = Shape(2, 70001, "classes beyond 16 bits, and a row beyond every L1")
 FEW_SHAPES = tuple(s for s in SHAPES if str(s) in ("41x9", "6x33", "64x100"))
+# Where the arithmetic of a method is its own (no class beside the two), a tile has a rest, a tile is full.
+EVERY_VARIANT = ("12x2", "41x9", "64x100")
 
 # Student and teacher. Arithmetic is float64 where either side is, float32 otherwise.
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -57,6 +59,11 @@ DTYPES = (
 
 def dtype_id(pair: tuple[torch.dtype, torch.dtype]) -> str:
     return "-".join(str(d).removeprefix("torch.") for d in pair)
+
+
+def case_id(value: object) -> str:
+    """A parameter's part of a test's name."""
+    return dtype_id(value) if type(value) is tuple else str(value)
 
 
 def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
@@ -73,6 +80,8 @@ if not build.missing():
     BACKENDS += ("simt",)
 
 # The interpreter takes a quarter of a second for such a call. Larger shapes of it are in test_triton.py.
+# What depends on the backend alone, not on what is called, is sampled on these and on the reference, which is the formula
+# itself: see `calls` and `grid`.
 LOGITS_LIMIT = {"triton": 400}
 
 
@@ -147,21 +156,41 @@ FEW_VARIANTS = tuple(
 )
 
 
-# For a slow backend, two calls that between them use everything.
-SLOW_VARIANTS = tuple(BY_NAME[n] for n in ("T4-ce-rows", "dkd-lskd-scalar-T"))
+# Two calls that between them use everything.
+TWO_VARIANTS = tuple(BY_NAME[n] for n in ("T4-ce-rows", "dkd-lskd-scalar-T"))
+KERNELS = tuple(b for b in BACKENDS if b not in LOGITS_LIMIT and b != "reference")
 
 
 def calls(variants: tuple[Variant, ...] | list[Variant]) -> list[tuple[str, Variant]]:
-    """Each backend with each variant, or with two of them where it is slow."""
-    slow = [v for v in variants if v in SLOW_VARIANTS] or variants[:1]
-    return [(b, v) for b in BACKENDS for v in (slow if b in LOGITS_LIMIT else variants)]
+    """The kernels with each variant, the other backends with two of them."""
+    two = [v for v in variants if v in TWO_VARIANTS] or variants[:1]
+    return [(b, v) for b in BACKENDS for v in (variants if b in KERNELS else two)]
 
 
-def grid(shapes: tuple[Shape, ...]) -> list[tuple[str, Shape, Variant]]:
-    """Backends, shapes and variants; where the backend is slow all variants on one shape, and two on the others."""
-    fast = [(b, s, v) for b, s in backend_shapes(shapes) if b not in LOGITS_LIMIT for v in VARIANTS]
-    slow = [(b, s) for b, s in backend_shapes(shapes) if b in LOGITS_LIMIT]
-    return fast + [(b, s, v) for b, s in slow for v in (VARIANTS if str(s) == "7x3" else SLOW_VARIANTS)]
+def grid() -> list[tuple[str, Shape, Variant]]:
+    """Backends, shapes and variants: every shape, every variant, and both crossed where they interact."""
+
+    def variants(backend: str, shape: Shape) -> tuple[Variant, ...]:
+        if backend in KERNELS:
+            return VARIANTS if str(shape) in EVERY_VARIANT else FEW_VARIANTS
+        return VARIANTS if str(shape) == "12x2" else TWO_VARIANTS
+
+    return [(b, s, v) for b, s in backend_shapes() for v in variants(b, s)]
+
+
+def dtype_grid() -> list[tuple[str, tuple[torch.dtype, torch.dtype], Shape, Variant]]:
+    """Backends and pairs of dtypes. No arithmetic depends on the pair, only how values are read and rounded, so that two
+    calls and a third in turn serve each; float16, whose gradient is made in the backward pass, has a few more."""
+    found = []
+    for backend in BACKENDS:
+        shapes = FEW_SHAPES if backend in KERNELS else FEW_SHAPES[:1]
+        for i, pair in enumerate(DTYPES):
+            names = {v.name: v for v in (*TWO_VARIANTS, VARIANTS[(5 * i + 3) % len(VARIANTS)])}
+            names |= {v.name: v for v in FEW_VARIANTS if pair == (F16, F16)}
+            variants = tuple(names.values()) if backend in KERNELS else TWO_VARIANTS
+            found += [(backend, pair, shapes[(i + j) % len(shapes)], v) for j, v in enumerate(variants)]
+            found += [(backend, pair, s, TWO_VARIANTS[0]) for s in shapes if s != shapes[i % len(shapes)]]
+    return found
 
 
 class Rows(NamedTuple):

@@ -1,4 +1,4 @@
-"""What all tests share: one hypothesis profile, poisoned memory, and a clean compiler."""
+"""What all tests share: backends installed for a test, poisoned memory, and a clean compiler."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from hypothesis import settings
 
 import sortkd_kernels
-
-# The same examples every time, so that a failure on one machine is a failure on all; no deadline, since the first call
-# of an op loads code; no database, so that a test run leaves nothing behind.
-settings.register_profile("sortkd", deadline=None, derandomize=True, database=None, max_examples=100)
-settings.load_profile("sortkd")
 
 
 def pytest_configure(config: pytest.Config) -> None:

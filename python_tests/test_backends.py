@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt import build
 
 import sortkd_kernels
 from sortkd_kernels import backends
@@ -65,6 +66,15 @@ def test_states():
         assert bool(state.devices) == state.available
     states.clear()
     assert sortkd_kernels.available_backends()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the SIMT harness and triton are for Linux")
+def test_every_backend_is_tested():
+    """One that is missing would leave the tables of cases.py without a word. SORTKD_TEST_WITHOUT names what is not wanted."""
+    missing = {name: state.reason for name, state in sortkd_kernels.available_backends().items() if not state.devices}
+    missing |= {"simt": build.missing()} if build.missing() else {}
+    unwanted = os.environ.get("SORTKD_TEST_WITHOUT", "").split(",")
+    assert {name: reason for name, reason in missing.items() if name not in unwanted} == {}
 
 
 def test_build_info():

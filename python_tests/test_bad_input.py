@@ -77,17 +77,17 @@ WRONG_TENSORS = [
 ]
 
 
-def by_function(table):
-    """Each row of a table for each of its functions."""
-    rows = [(name, *case[1:]) for case in table for name in case[0]]
-    names = [f"{name}-{argument} {expected}, got {got}" for name, argument, _, _, expected, got in rows]
-    return pytest.mark.parametrize(("name", "argument", "value", "error", "expected", "got"), rows, ids=names)
+def refused(table):
+    """Each row of a table."""
+    names = [f"{argument} {expected}, got {got}" for _, argument, _, _, expected, got in table]
+    return pytest.mark.parametrize(("functions", "argument", "value", "error", "expected", "got"), table, ids=names)
 
 
-@by_function(WRONG_TENSORS)
-def test_tensors(name, argument, value, error, expected, got):
-    with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
-        FUNCTIONS[name](**arguments(name) | {argument: value})
+@refused(WRONG_TENSORS)
+def test_tensors(functions, argument, value, error, expected, got):
+    for name in functions:
+        with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
+            FUNCTIONS[name](**arguments(name) | {argument: value})
 
 
 def wrong_numbers(functions, argument):
@@ -136,10 +136,11 @@ WRONG_OPTIONS = [
 ]
 
 
-@by_function(WRONG_OPTIONS)
-def test_options(name, argument, value, error, expected, got):
-    with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
-        FUNCTIONS[name](**arguments(name), **{argument: value})
+@refused(WRONG_OPTIONS)
+def test_options(functions, argument, value, error, expected, got):
+    for name in functions:
+        with pytest.raises(error, match=re.escape(f"{name}: expected {argument} {expected}, got {got}")):
+            FUNCTIONS[name](**arguments(name), **{argument: value})
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -156,16 +157,16 @@ def test_no_classes(name):
         FUNCTIONS[name](**call)
 
 
-@pytest.mark.parametrize("value", (C, C + 5, -1, -101, 2**40, -(2**63)))
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backend", ("native", "reference"))
-def test_label_outside(backend, name, value):
+def test_label_outside(backend, name):
     """On the CPU an IndexError with the row and the value."""
-    call = arguments(name)
-    call["target"][2] = value
-    words = f"expected target in [0, {C}) or ignore_index -100, got {value} in row 2"
-    with pytest.raises(IndexError, match=re.escape(words)):
-        FUNCTIONS[name](**call, backend=backend)
+    for value in (C, C + 5, -1, -101, 2**40, -(2**63)):
+        call = arguments(name)
+        call["target"][2] = value
+        words = f"expected target in [0, {C}) or ignore_index -100, got {value} in row 2"
+        with pytest.raises(IndexError, match=re.escape(words)):
+            FUNCTIONS[name](**call, backend=backend)
 
 
 @pytest.mark.parametrize("value", (C, -1, -100, 2**40))
@@ -209,14 +210,15 @@ def test_other_dtypes_are_refused(dtype):
 FOUR = torch.tensor(4.0)
 
 
-@pytest.mark.parametrize("value", (4, 4.0, FOUR, FOUR.double(), FOUR.to(BF16), FOUR.to(F16).expand(N)), ids=repr)
 @pytest.mark.parametrize("backend", cases.BACKENDS)
-def test_temperatures_that_are_fine(backend, value):
+def test_temperatures_that_are_fine(backend):
     """Integers, and tensors of every float dtype, count in the arithmetic's dtype."""
     call = arguments("fused_sort_kd")
-    got = fused_sort_kd(**call, temperature=value, backend=backend)
-    assert got.dtype == F32
-    torch.testing.assert_close(got, fused_sort_kd(**call, temperature=4.0, backend=backend))
+    want = fused_sort_kd(**call, temperature=4.0, backend=backend)
+    for value in (4, FOUR, FOUR.double(), FOUR.to(BF16), FOUR.to(F16).expand(N)):
+        got = fused_sort_kd(**call, temperature=value, backend=backend)
+        assert got.dtype == F32
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", cases.BACKENDS)

@@ -1,6 +1,9 @@
-"""The op's grid on a CUDA device, where there is one: every backend that runs there, against the reference in float64.
+"""The op on a CUDA device, where there is one: what the CPU's tables have, on every backend that runs there.
 
-In this process Triton interprets (conftest.py), so its compiled kernels run in a child, by this same file.
+    TRITON_INTERPRET=0 python -m pytest python_tests/test_gpu.py
+
+tests the native kernels and Triton's compiled ones. Under `make test` Triton interprets (conftest.py), so a child tests
+what it compiles. SORTKD_GPU_TESTS_ON=cpu rehearses everything that needs no GPU.
 """
 
 from __future__ import annotations
@@ -12,59 +15,203 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_layouts
+import test_pinned_rules
+import test_topk
 import torch
+from cases import BF16, F16, F32, F64, IGNORE
 from tolerance import assert_matches, expected
 
 import sortkd_kernels
+from sortkd_kernels import fused_sort_kd, reference, sort_logits
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device(os.environ.get("SORTKD_GPU_TESTS_ON", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+if ON_GPU and not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [
     name
     for name, state in sortkd_kernels.available_backends().items()
-    # The child need not repeat what the parent runs.
-    if state.available and DEVICE.type in state.devices and (name == "native") == INTERPRETED
+    if state.available and DEVICE.type in state.devices and not (name == "triton" and INTERPRETED)
 ]
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="a rehearsal on the CPU")
+run_here = cases.run
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-
-def run(rows: cases.Rows, variant: cases.Variant, backend: str) -> cases.Result:
-    """`cases.run` on the device."""
+def run(rows, variant, backend, wrap=lambda function: function) -> cases.Result:
+    """`cases.run` on the device, its results on the host."""
     with DEVICE:
-        result = cases.run(cases.Rows(*(t.to(DEVICE) for t in rows)), variant, backend)
+        result = run_here(cases.Rows(*(t.to(DEVICE) for t in rows)), variant, backend, wrap)
     return cases.Result(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in result))._replace(truncates=False)
 
 
-@pytest.mark.parametrize("shape", (*cases.SHAPES, cases.LARGE), ids=str)
-@pytest.mark.parametrize("variant", cases.VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes(backend, variant, shape):
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch, poisoned_memory):
+    """Whatever runs a case runs it on the device: the tests of the CPU's tables too, called from here."""
+    monkeypatch.setattr(cases, "run", run)
+
+
+def make(N, C, dtype=F32):
+    """A leaf, a teacher and labels on the device."""
+    rows = cases.make_rows(N, C, (dtype, dtype))
+    student, teacher, target = (t.to(DEVICE) for t in rows)
+    return student.requires_grad_(), teacher, target
+
+
+LARGE = (cases.LARGE, cases.Shape(300, 20011, "many rows of ranks that no processor's shared memory holds"))
+GRID = [(s, v) for backend, s, v in cases.grid() if backend == "native"]
+GRID += [(s, v) for s in LARGE for v in cases.TWO_VARIANTS]
+
+
+@pytest.mark.parametrize(("shape", "variant"), GRID, ids=str)
+@EVERY_BACKEND
+def test_shapes(backend, shape, variant):
     want = expected(shape, variant.name)
     assert_matches(run(want.rows, variant, backend), want)
 
 
-@pytest.mark.parametrize("dtypes", cases.DTYPES, ids=cases.dtype_id)
-@pytest.mark.parametrize("variant", cases.FEW_VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dtypes(backend, variant, dtypes):
-    for shape in cases.FEW_SHAPES:
-        want = expected(shape, variant.name, dtypes)
-        assert_matches(run(want.rows, variant, backend), want)
+DTYPED = [case for backend, *case in cases.dtype_grid() if backend == "native"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_graph(backend):
+@pytest.mark.parametrize(("dtypes", "shape", "variant"), DTYPED, ids=cases.case_id)
+@EVERY_BACKEND
+def test_dtypes(backend, dtypes, shape, variant):
+    want = expected(shape, variant.name, dtypes)
+    assert_matches(run(want.rows, variant, backend), want)
+
+
+@pytest.mark.parametrize("form", test_layouts.FORMS)
+@EVERY_BACKEND
+def test_forms(backend, form):
+    for variant in test_layouts.VARIANTS:
+        for dtypes in ((F32, F32), (BF16, BF16)):
+            test_layouts.check(backend, variant, dtypes, form, test_layouts.as_is, test_layouts.as_is)
+
+
+@pytest.mark.parametrize("memory", test_layouts.MEMORIES, ids=lambda m: m.__name__)
+@EVERY_BACKEND
+def test_strides(backend, memory):
+    for form in ("rows", "dense", "leading batch"):
+        test_layouts.check(backend, test_layouts.VARIANTS[0], (F32, F32), form, memory, test_layouts.as_is)
+        test_layouts.check(backend, test_layouts.VARIANTS[0], (F32, F32), form, test_layouts.as_is, memory)
+
+
+@pytest.mark.parametrize("variant", test_topk.VARIANTS, ids=str)
+@pytest.mark.parametrize("tail", ("renormalize", "uniform"))
+@EVERY_BACKEND
+def test_top_k(backend, tail, variant):
+    for N, C, k in ((24, 12, 1), (24, 12, 7), (24, 12, 12), (24, 3001, 64), (6, 32000, 100)):
+        test_topk.check(backend, variant, tail, N, C, k)
+
+
+@pytest.mark.parametrize("variant", test_pinned_rules.VARIANTS, ids=str)
+@EVERY_BACKEND
+def test_pinned_rules_hold(backend, variant):
+    """NaN in a row, and whatever a row to ignore holds, touches no other row."""
+    for side in ("student", "teacher"):
+        test_pinned_rules.test_nan_touches_its_own_row_only(backend, side, variant)
+    test_pinned_rules.test_ignored_rows_may_hold_anything(backend, variant)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
+@EVERY_BACKEND
+def test_sort_logits(backend, dtype):
+    for shape in (*cases.SHAPES, *LARGE):
+        _, teacher, target = cases.make_rows(shape.N, shape.C, (dtype, dtype))
+        for correction in ("sort", "swap", "none"):
+            got = sort_logits(teacher.to(DEVICE), target.to(DEVICE), correction=correction, backend=backend)
+            rows = reference.correct_logits(teacher, target.clamp_min(0), correction)
+            assert torch.equal(got.cpu(), torch.where((target != IGNORE).unsqueeze(-1), rows, teacher)), shape
+
+
+@pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
+@pytest.mark.parametrize("C", (9, 1000, 20011))
+@EVERY_BACKEND
+def test_in_place_and_retained_graph(backend, C, dtype):
+    """The gradient lies where the logits were; two backward calls give it twice, whatever was done to the first."""
+    leaf, teacher, target = make(12, C, dtype)
+    (want,) = torch.autograd.grad(fused_sort_kd(leaf, teacher, target, ce_weight=0.2, backend=backend) * 3, leaf)
+    logits = leaf + 0
+    address = logits.data_ptr()
+    loss = fused_sort_kd(logits, teacher, target, ce_weight=0.2, inplace=True, backend=backend) * 3
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert backend == "reference" or grad.data_ptr() == address
+    assert torch.equal(grad, want)
+    loss = fused_sort_kd(leaf, teacher, target, ce_weight=0.2, backend=backend) * 3
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    first.fill_(7)
+    (second,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(second, want)
+
+
+@EVERY_BACKEND
+def test_gradient_scaler(backend):
+    """Probabilities of 1e-8 are 0 in float16; the scale is multiplied in before the rounding."""
+    student = torch.zeros(2, 40, dtype=F16)
+    student[:, 3:] = -18.0
+    teacher, target = torch.full((2, 40), -40.0, dtype=F16), torch.tensor([0, 1])
+    teacher[:, :3] = 0
+    leaf = student.to(DEVICE).requires_grad_()
+    call = dict(temperature=1.0, reduction="sum", backend=backend)
+    loss = fused_sort_kd(leaf, teacher.to(DEVICE), target.to(DEVICE), **call)
+    torch.amp.GradScaler(DEVICE.type, init_scale=65536.0).scale(loss).backward()
+    true = student.double().softmax(-1)[:, 3:]
+    torch.testing.assert_close(leaf.grad.cpu().double()[:, 3:] / 65536, true, rtol=2**-11, atol=2.0**-25 / 65536)
+
+
+@pytest.mark.parametrize("variant", cases.TWO_VARIANTS, ids=str)
+@EVERY_BACKEND
+def test_compiled(backend, variant, fresh_compiler):
+    want = expected(cases.Shape(41, 9, "odd sizes"), variant.name)
+    assert_matches(run(want.rows, variant, backend, lambda f: torch.compile(f, fullgraph=True)), want)
+
+
+@pytest.mark.parametrize("C", (100, 1000, 20011))
+@EVERY_BACKEND
+def test_bitwise_repeatable(backend, C):
+    rows = cases.make_rows(70, C)
+    for variant in cases.FEW_VARIANTS:
+        one, other = (run(rows, variant, backend) for _ in range(2))
+        assert all(a is b or torch.equal(a, b) for a, b in zip(one[:6], other[:6], strict=True)), variant
+
+
+@on_gpu
+@pytest.mark.parametrize("C", (100, 20011))
+@EVERY_BACKEND
+def test_another_stream_without_waiting(backend, C):
+    """On the stream that is current, after the work that is on it, and never waiting for the device."""
+    leaf, teacher, target = make(64, C)
+    (want,) = torch.autograd.grad(fused_sort_kd(leaf, teacher, target, backend=backend), leaf)
+    logits, side = torch.zeros_like(leaf, requires_grad=True), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # some 30 ms, in which a kernel on another stream would read zeros
+            with torch.no_grad():
+                logits.copy_(leaf)
+            (got,) = torch.autograd.grad(fused_sort_kd(logits, teacher, target, backend=backend), logits)
+            sort_logits(teacher, target, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", ((64, 100), (64, 20011)), ids=str)
+@EVERY_BACKEND
+def test_cuda_graph(backend, shape):
     """A captured step reads nothing on the host: its replay computes the loss of the logits that are there then."""
-    rows = cases.make_rows(64, 100)
-    student, teacher, target = (t.to(DEVICE) for t in rows)
-    student.requires_grad_()
+    student, teacher, target = make(*shape)
 
     def step():
         student.grad = None
-        loss = sortkd_kernels.fused_sort_kd(student, teacher, target, backend=backend)
+        loss = fused_sort_kd(student, teacher, target, backend=backend)
         loss.backward()
         return loss.detach()
 
@@ -84,9 +231,76 @@ def test_cuda_graph(backend):
     assert torch.equal(replayed[0], step()) and torch.equal(replayed[1], student.grad)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="this is the child")
+# What rows whose rank exceeds shared memory may take, whatever N and C are.
+BUDGET = 64 << 20
+
+
+@on_gpu
+@pytest.mark.parametrize(("shape", "budget"), (((65536, 1000), 0), ((4096, 128256), BUDGET)), ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_memory(backend, shape, budget):
+    """One gradient buffer and one in a hundred; under `no_grad` the one in a hundred."""
+    student, teacher = (torch.randn(shape, device=DEVICE, dtype=BF16) for _ in "st")
+    target = torch.randint(shape[1], shape[:1], device=DEVICE)
+
+    def peak(call):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        assert result is not None
+        return torch.cuda.max_memory_allocated() - before
+
+    leaf = student.requires_grad_()
+    step = peak(lambda: torch.autograd.grad(fused_sort_kd(leaf, teacher, target, backend=backend), leaf))
+    assert leaf.nbytes <= step <= 1.01 * leaf.nbytes + budget
+    with torch.no_grad():
+        assert peak(lambda: fused_sort_kd(leaf, teacher, target, backend=backend)) <= 0.01 * leaf.nbytes + budget
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_more_elements_than_32_bits_count(backend):
+    """The last rows of 2.3e9 logits are what the same rows are alone."""
+    N, C = 70_000, 32_768
+    student, teacher = (torch.empty(N, C, device=DEVICE, dtype=BF16).normal_() for _ in "st")
+    target = torch.randint(C, (N,), device=DEVICE)
+    target[:-100] = teacher[:-100].argmax(-1)
+    call = dict(reduction="none", return_parts=True, backend=backend)
+    whole = fused_sort_kd(student.requires_grad_(), teacher, target, **call)
+    (grad,) = torch.autograd.grad(whole.loss, student, torch.ones_like(whole.loss))
+    leaf = student.detach()[-100:].clone().requires_grad_()
+    alone = fused_sort_kd(leaf, teacher[-100:], target[-100:], **call)
+    (want,) = torch.autograd.grad(alone.loss, leaf, torch.ones_like(alone.loss))
+    assert torch.equal(whole.rank[-100:], alone.rank)
+    torch.testing.assert_close(whole.loss[-100:], alone.loss, rtol=1e-6, atol=0)
+    # Another number of rows may be given to other kernels, whose sums have another order: one rounding of bfloat16.
+    torch.testing.assert_close(grad[-100:], want, rtol=2**-7, atol=1e-9)
+
+
+BAD_LABEL = """
+import sys, torch, sortkd_kernels as k
+t = torch.randn(4, 10, device="cuda")
+k.fused_sort_kd(t, t, torch.tensor([0, 1, int(sys.argv[2]), 3], device="cuda"), backend=sys.argv[1])
+torch.cuda.synchronize()
+"""
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_a_bad_label_stops_the_kernel(backend):
+    """In a child: the device takes no further work after a failed assertion."""
+    for label in ("10", "-1"):
+        command = [sys.executable, "-c", BAD_LABEL, backend, label]
+        root = str(Path(sortkd_kernels.__file__).parents[1])
+        child = subprocess.run(command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+        assert child.returncode != 0 and "device-side assert" in child.stderr, child.stderr[-2000:]
+
+
+@on_gpu
+@pytest.mark.skipif(not INTERPRETED, reason="Triton compiles in this process")
 def test_compiled_triton():
     """This file again, in a process where Triton compiles."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", str(Path(__file__))]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]

@@ -1,11 +1,11 @@
-"""What the benchmark adds on a CUDA device, as far as it can be run without one: bookkeeping, never a time.
+"""The loss benchmark's bookkeeping on a GPU, rehearsed on the CPU: nothing here is a time.
 
-The recording is replaced by one that computes again and copies into the memory of the first result, which is what a
-graph's replay does. Whether a capture succeeds shows on a GPU only.
+Whether a capture succeeds shows on a GPU only.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 import types
 from pathlib import Path
@@ -17,61 +17,84 @@ from torch import nn
 import sortkd_kernels
 
 BENCHMARKS = Path(sortkd_kernels.__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_peers
+    import gpu_loss
     import peers
     import workloads
 
-    return gpu_peers, peers, workloads
+    monkeypatch.setattr(gpu_loss, "SLICE_S", 0.0)
+    monkeypatch.setattr(peers, "compiled", lambda chain: chain)  # ten seconds, and inductor's business
+    return gpu_loss, peers, workloads
 
 
-def test_a_replayed_step_is_checked_like_any_other(modules, monkeypatch):
-    """One recording; each replay leaves the loss and the gradients where the check looks for them."""
-    gpu_peers, peers, workloads = modules
-    records = []
+def test_rehearsal(modules, tmp_path):
+    """Every case and column is written, each provider having been checked."""
+    gpu_loss, peers, _ = modules
+    assert gpu_loss.main(CPU, tmp_path, {"GPU": "none"}, quick=False, only="", budget_s=0.0) == 0
+    rows = list(csv.DictReader((tmp_path / "bench_loss.csv").open()))
+    assert {r["case"] for r in rows} == {*map(str, gpu_loss.DRY_CASES), "6x10 methods", "dense 2x5x4x3"}
+    assert [r["problem"] for r in rows if r["problem"]] == []
+    assert all(float(r["replay_us"]) > 0 and float(r["call_us"]) > 0 for r in rows)
+    assert {gpu_loss.COPY, gpu_loss.CE, peers.KD, peers.KD_COMPILED, peers.PAPER} < {r["provider"] for r in rows}
+    text = (tmp_path / "bench_loss.md").read_text()
+    assert "6x10 float32, teacher random" in text and "| native |" in text and "What failed" not in text
 
-    def record(work):
-        result = work()
-        grads = [leaf.grad for leaf in provider.leaves]
-        records.append(1)
 
-        def replay():
-            for leaf, grad in zip(provider.leaves, grads, strict=True):
-                leaf.grad = None
-                result.detach().copy_(work().detach())
-                grad.copy_(leaf.grad)
-
-        return replay, result
-
-    monkeypatch.setattr(gpu_peers, "record", record)
+def test_a_failing_provider_keeps_to_its_cell(modules, monkeypatch, tmp_path):
+    """One that raises, one whose capture raises and one that is wrong say so; the others are timed."""
+    gpu_loss, peers, workloads = modules
     x = workloads.make(6, 10)
-    provider = peers.fused("native", x, "native")
-    graph = gpu_peers.replayed(provider, "native graph")
+
+    def raises(*_):
+        raise RuntimeError("out of memory\nand more words")
+
+    def record(step, repeats, device):
+        if step.provider.name == "no graph":
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return step, step().detach()
+
+    step_of = gpu_loss.step_of
+    monkeypatch.setattr(gpu_loss, "step_of", lambda p: (s := step_of(p), setattr(s, "provider", p))[0])
+    monkeypatch.setattr(gpu_loss, "record", record)
+    found = [
+        peers.loss("raises", x, raises, {}),
+        peers.fused("no graph", x, "native"),
+        peers.loss("wrong", x, lambda s, t, y: (s * t).mean(), {}),
+        peers.fused("native", x, "native"),
+    ]
+    rows = {r.provider: r for r in gpu_loss.run_case("case", found, CPU, 0.0)}
+    assert rows["raises"].problem == "did not run: RuntimeError: out of memory"
+    assert rows["wrong"].problem.startswith("did not run: AssertionError: wrong: loss is off by")
+    assert rows["wrong"].call_us is None and rows["raises"].replay_us is None
+    assert rows["no graph"].problem.endswith("previous error during capture")
+    assert rows["no graph"].call_us > 0 and rows["no graph"].replay_us is None
+    assert rows["native"].problem == "" and rows["native"].replay_us > 0
+
+
+def test_peers_have_leaves_of_their_own(modules):
+    """A gradient of one provider is not another's, and what runs in place spoils no logits but its own."""
+    _, peers, workloads = modules
+    x = workloads.make(6, 10)
+    before = x.student.detach().clone()
+    one, other = peers.inplace("in place", x, "native"), peers.fused("native", x, "native")
     for _ in range(2):
-        x.student.grad = None
-        graph.check(graph.run())
-    assert graph.name == "native graph" and len(records) == 1
-    x.student.data.mul_(2)  # the truth is kept: a replay of other logits must fail the check
-    with pytest.raises(AssertionError, match="native: loss is off"):
-        graph.check(graph.run())
+        one.check(one.run())
+        other.check(other.run())
+    assert torch.equal(x.student, before) and x.student.grad is None
+    assert one.leaves[0] is not other.leaves[0]
 
 
 def test_liger_column_is_plain_kd(modules, monkeypatch):
     """What Liger's loss is given, with PyTorch's of the same signature in its place, is KD by the reference."""
-    gpu_peers, peers, workloads = modules
+    gpu_loss, peers, workloads = modules
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.kl_div")
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[names[-1]].LigerKLDIVLoss = nn.KLDivLoss
-    provider = peers.loss(gpu_peers.LIGER, workloads.make(6, 10), gpu_peers.liger_kd, {"correction": "none"})
+    provider = peers.loss(gpu_loss.LIGER, workloads.make(6, 10), gpu_loss.liger_kd, {"correction": "none"})
     provider.check(provider.run())
-
-
-def test_no_gpu_column_on_the_cpu(modules):
-    _, peers, _ = modules
-    names = [p.name for p in peers.shape_case(6, 10, torch.device("cpu"), quick=True)]
-    assert names == ["roof", "native", "reference", "paper eager", "KD eager"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import VARIANTS
+from cases import FEW_VARIANTS
 
 import sortkd_kernels
 
@@ -73,19 +73,21 @@ PYTHON = sorted(PACKAGE.rglob("*.py"))
 NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=module_of)
-def test_python_arrows(path):
-    module = module_of(path)
-    layer = "backends.triton" if module.startswith("backends.triton") else module
-    for name in imports(path):
-        if name[0] == "sortkd_kernels":
-            if layer == "backends.triton":
-                assert name[1:3] == ("backends", "triton"), f"{module} imports {'.'.join(name)}"
+@pytest.mark.parametrize("layer", (*ARROWS, "backends.triton"))
+def test_python_arrows(layer):
+    for path in PYTHON:
+        module = module_of(path)
+        if layer != ("backends.triton" if module.startswith("backends.triton") else module):
+            continue
+        for name in imports(path):
+            if name[0] == "sortkd_kernels":
+                if layer == "backends.triton":
+                    assert name[1:3] == ("backends", "triton"), f"{module} imports {'.'.join(name)}"
+                else:
+                    assert name[1] in ARROWS[module], f"{module} imports {'.'.join(name)}"
             else:
-                assert name[1] in ARROWS[module], f"{module} imports {'.'.join(name)}"
-        else:
-            allowed = THIRD_PARTY.get(layer, {"torch"}) | STANDARD
-            assert name[0] in allowed, f"{module} imports {'.'.join(name)}"
+                allowed = THIRD_PARTY.get(layer, {"torch"}) | STANDARD
+                assert name[0] in allowed, f"{module} imports {'.'.join(name)}"
 
 
 def test_every_module_has_its_arrows():
@@ -93,21 +95,33 @@ def test_every_module_has_its_arrows():
     assert modules == set(ARROWS)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
-def test_training_uses_public_names(path):
-    for name in imports(path):
-        assert name[0] not in ("benchmarks", "python_tests")
-        if name[0] == "sortkd_kernels":
-            assert name[1:] == () or (len(name) == 2 and name[1] in sortkd_kernels.__all__), ".".join(name)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sortkd_kernels":
-            assert node.attr in (*sortkd_kernels.__all__, "__version__")
+def test_training_uses_public_names():
+    files = sorted((ROOT / "train").rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            assert name[0] not in ("benchmarks", "python_tests"), path
+            if name[0] == "sortkd_kernels":
+                assert name[1:] == () or (len(name) == 2 and name[1] in sortkd_kernels.__all__), (path, name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "sortkd_kernels"
+            ):
+                assert node.attr in (*sortkd_kernels.__all__, "__version__"), path
 
 
-@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(CSRC)))
-def test_native_arrows(path):
+@pytest.mark.parametrize("folder", ("", "cpu/", "cuda/"))
+def test_native_arrows(folder):
+    files = [p for p in NATIVE if str(p.parent.relative_to(CSRC)) + "/" == (folder or "./")]
+    assert files
+    for path in files:
+        check_includes(path, folder)
+
+
+def check_includes(path, folder):
     name = str(path.relative_to(CSRC))
-    folder = name.split("/")[0] + "/" if "/" in name else ""
     kernel = folder and name not in INCLUDES
     for brackets, header in re.findall(r'#include ([<"])([^>"]+)[>"]', path.read_text()):
         if brackets == '"':
@@ -130,8 +144,13 @@ ON_THE_CPU_ONLY = {("ops", "check_labels")}
 TOOLS = {"backends.triton.offline"}
 
 
-@pytest.mark.parametrize("path", [p for p in PYTHON if module_of(p) not in TOOLS], ids=module_of)
-def test_no_call_waits_for_a_device(path):
+def test_no_call_waits_for_a_device():
+    for path in PYTHON:
+        if module_of(path) not in TOOLS:
+            check_calls(path)
+
+
+def check_calls(path):
     module, tree = module_of(path), ast.parse(path.read_text())
     excused = [
         range(f.lineno, f.end_lineno + 1)
@@ -145,7 +164,7 @@ def test_no_call_waits_for_a_device(path):
         assert not isinstance(node, ast.Assert), f"{module}:{node.lineno} has an assert statement"
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", FEW_VARIANTS, ids=str)
 def test_no_value_of_a_device_is_read(variant):
     """Tensors without values stand for a GPU's: a call that looked at one would raise."""
     with torch.device("meta"):

@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, IGNORE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortkd_kernels import fused_sort_kd, reference, sort_logits
@@ -25,16 +25,17 @@ def corrected(teacher, target, correction):
     return torch.where(counts, rows, teacher)
 
 
-@pytest.mark.parametrize("correction", ("sort", "swap", "none"))
-@pytest.mark.parametrize(
-    ("backend", "shape", "dtype"),
-    [
-        (backend, shape, dtype)
-        for backend, shape in cases.backend_shapes((*cases.SHAPES, cases.LARGE))
-        for dtype in ((F32, F64, BF16, F16) if backend not in cases.LOGITS_LIMIT or shape.C == 9 else (F32,))
-    ],
-    ids=str,
-)
+# The reference is what the others are compared with; `by_hand` below is what it is compared with.
+COMPARED = [
+    (backend, shape, dtype, correction)
+    for backend, shape in cases.backend_shapes((*cases.SHAPES, cases.LARGE))
+    for dtype in ((F32, F64, BF16, F16) if str(shape) in ("41x9", "64x100", "6x4099") else (F32,))
+    for correction in (("sort", "swap", "none") if str(shape) == "41x9" else ("sort", "swap"))
+    if backend != "reference"
+]
+
+
+@pytest.mark.parametrize(("backend", "shape", "dtype", "correction"), COMPARED, ids=str)
 def test_equals_the_two_sorts(backend, shape, dtype, correction):
     """Only values move, so nothing is rounded and the comparison is exact, halves in their own dtype."""
     _, teacher, target = cases.make_rows(shape.N, shape.C, (dtype, dtype))
@@ -46,10 +47,16 @@ def test_equals_the_two_sorts(backend, shape, dtype, correction):
     assert not shape.N or got.data_ptr() != teacher.data_ptr()
 
 
-@pytest.mark.parametrize("correction", ("sort", "swap"))
-@pytest.mark.parametrize("rank", (0, 1, 2, 11, 12, 13, 23, 24, 25, 191, 192, 193, 300, 1999))
-@pytest.mark.parametrize("dtype", (F32, F64, F16), ids=str)
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+RANKS = (0, 1, 2, 11, 12, 13, 23, 24, 25, 191, 192, 193, 300, 1999)
+ORDERED = [
+    *((F32, rank, "sort") for rank in RANKS),
+    *((dtype, rank, "sort") for dtype in (F64, F16) for rank in (2, 13, 24, 193, 1999)),  # keys of other widths
+    *((F32, rank, "swap") for rank in (1, 24, 1999)),  # which orders nothing
+]
+
+
+@pytest.mark.parametrize(("dtype", "rank", "correction"), ORDERED, ids=str)
+@pytest.mark.parametrize("backend", cases.KERNELS)
 def test_every_way_to_order(backend, dtype, rank, correction):
     """Ranks on both sides of where one ordering method hands over to the next; ties, and values of every exponent."""
     generator = torch.Generator().manual_seed(rank)
@@ -75,6 +82,11 @@ def by_hand(row: list[float], label: int) -> list[float]:
         result[place] = value
     return result
 
+
+# The same examples every time, so that a failure on one machine is a failure on all; no deadline, since the first call
+# of an op loads code; no database, so that a test run leaves nothing behind.
+settings.register_profile("sortkd", deadline=None, derandomize=True, database=None, max_examples=100)
+settings.load_profile("sortkd")
 
 # Few distinct values make ties; -0.0 equals 0.0; lengths on both sides of every vector.
 few = st.sampled_from([-2.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0])
