@@ -2,11 +2,12 @@
 
 The setting, on scikit-learn's digits, was fixed on other seeds than the five that are reported:
 
-* The teacher is the larger network, trained on all 1,297 training images. Test images are neither's training images.
-* The student is a small network with 128 of them, drawn anew for each seed, the same for every method.
+* The teacher is the larger network, trained on all 1,297 training images; the 500 test images are nobody's to train on.
+* The student is a small network with 128 of them, drawn anew for each seed.
 * Both are trained on images under fresh noise, which stands in for the random crops of larger images: as there, the
   teacher errs on a part of the rows that it teaches, about a tenth, though it was trained on the same images.
-* Every student has the same images, noise, initial weights and schedule; KD has the field's recipe for CIFAR-100.
+* Within a seed every method has the same images, noise, initial weights and schedule; KD has the field's recipe for
+  CIFAR-100.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TEACHER_CONFIG = _CONFIGS / "teacher.yaml"
 _METHODS = {"CE": ("vanilla.yaml",), "KD": ("kd.yaml", "DISTILLER.CORRECTION", "none"), "Sort-KD": ("kd.yaml",)}
 _SEEDS = (1, 2, 3, 4, 5)
 _IMAGES = 128
-_TIMES = 5  # an epoch shows each of them so often, or its two batches would be too few
+_TIMES = 5  # an epoch shows each of them so often: in two batches alone a student would learn too little
 
 
 class NoisyLoader(ArrayLoader):
