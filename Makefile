@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench docs lint format sanitize clean
 
 demo: $(VENV)/train
 	$(BIN)/python train/run.py
@@ -18,6 +18,10 @@ test: $(VENV)/all
 bench: $(VENV)/all
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python -m pytest benchmarks/test_bench_loss.py --benchmark-only
+
+# The API, the mathematics and the tutorials, from docstrings and examples: build/docs/index.html.
+docs: $(VENV)/all
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 lint: $(VENV)/all
 	$(BIN)/ruff check .
@@ -47,5 +51,5 @@ $(VENV)/train: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/all: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[train,bench,dev,examples]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[train,bench,dev,docs,examples]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Each example runs as its reader would run it and prints what it claims; the Trainer's arithmetic has its own test."""
+"""Each example runs as its reader would run it and prints what it claims; the pages that show them are made."""
 
 import importlib.util
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sortkd_kernels
 from sortkd_kernels import fused_sort_kd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,18 +21,35 @@ CLAIMS = {
     "plain_pytorch": ("torch", r", [\d.]+% of rows corrected"),
     "huggingface_trainer": ("transformers", ""),
     "lightning_module": ("lightning", r", \d+ tensors of the student saved"),
+    "mdistiller_distillers": ("torch", ""),
     "timm_distillation": ("timm", ""),
+    "topk_teacher": ("torch", r", [\d.]+% of the bytes, [1-9][\d.]*% of labels outside"),
 }
 
 
-def need(library):
+def need(library, extra="examples"):
     # Not importorskip: some of these take seconds to import, and the subprocess imports them anyway.
     if importlib.util.find_spec(library) is None:
-        pytest.skip(f"the examples extra is not installed: no {library}")
+        pytest.skip(f"the {extra} extra is not installed: no {library}")
 
 
 def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(CLAIMS)
+    shown = re.findall(r"literalinclude:: \.\./train/examples/(\w+)\.py", (ROOT / "docs" / "tutorials.rst").read_text())
+    assert sorted(shown) == sorted(CLAIMS)
+
+
+def test_the_pages_are_made_without_a_warning(tmp_path):
+    """Every public name has its entry, every reference its target, and the mathematics is rendered."""
+    need("sphinx", "docs")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api.html").read_text()
+    for name in sortkd_kernels.__all__:
+        assert f'id="sortkd_kernels.{name}"' in api, f"{name} is not in docs/api.rst"
+    assert '<div class="math notranslate nohighlight">' in (tmp_path / "mathematics.html").read_text()
 
 
 @pytest.mark.parametrize("name", CLAIMS)

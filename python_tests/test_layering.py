@@ -19,6 +19,7 @@ PACKAGE, CSRC = ROOT / "sortkd_kernels", ROOT / "csrc"
 # `ops` registers it.
 ARROWS = {
     "__init__": {"backends", "fused_sort_kd", "losses"},
+    "__main__": {"__version__", "backends", "fused_sort_kd"},
     "fused_sort_kd": {"backends", "checks", "ops"},
     "losses": {"fused_sort_kd"},
     "ops": {"autograd", "backends", "checks", "reference"},
@@ -30,8 +31,8 @@ ARROWS = {
 # Beyond the standard library.
 THIRD_PARTY = {"backends": {"torch"}, "backends.triton": {"torch", "triton"}}
 STANDARD = {
-    "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "numbers", "os", "pathlib", "re",
-    "subprocess", "sys", "tempfile", "typing", "warnings",
+    "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "numbers", "os", "pathlib",
+    "platform", "re", "subprocess", "sys", "tempfile", "time", "typing", "warnings",
 }  # fmt: skip
 
 # Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between schemas, autograd and
@@ -140,8 +141,8 @@ def check_includes(path, folder):
 SYNCHRONISING = {"item", "tolist", "equal", "allclose", "cpu", "numpy", "nonzero", "synchronize", "argwhere", "unique"}
 # These return at once for any device but the CPU, whose values may be looked at.
 ON_THE_CPU_ONLY = {("ops", "check_labels")}
-# Compiles for GPUs that are not there; it runs on no user's tensor.
-TOOLS = {"backends.triton.offline"}
+# The one compiles for GPUs that are not there, the other reports on this machine: they run on no user's tensor.
+TOOLS = {"backends.triton.offline", "__main__"}
 
 
 def test_no_call_waits_for_a_device():

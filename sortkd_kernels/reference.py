@@ -20,17 +20,34 @@ and z-score.
 
 The losses of a row
 -------------------
-``u = s / T``, ``v = t' / T``, ``q = softmax(u)``, ``p = softmax(v)``. With standardization (LSKD) ``s`` and ``t'`` are
-first replaced by ``(x - mean) / (1e-7 + std)`` over the classes, ``std`` with ``C - 1`` (and 0 for ``C = 1``).
+Student logits ``s``, temperature ``T``, and ``t'`` from above:
 
-* KD   ``= T^2 sum_i p_i (log p_i - log q_i)``, a class with ``p_i = 0`` counting 0.
-* DKD  ``= alpha TCKD + beta NCKD``: ``TCKD = T^2 KL((p_y, 1 - p_y) || (q_y, 1 - q_y))`` and ``NCKD = T^2 KL`` of the
-  distributions of the classes without ``y``, renormalised. ``KD = TCKD + (1 - p_y) NCKD``.
-* CE   ``= -log softmax(s)_y``, on the student's own logits.
+.. math::
 
-*The gradient.* ``d log q_j / d u_i = [i = j] - q_i`` and ``sum_j p_j = 1``, so ``d KL / d u = q - p`` and, with
-``d u / d s = 1/T``, ``d KD / d s = T (q - p)``. For DKD, with ``q^ = q_i / (1 - q_y)`` and ``p^`` alike, ``i != y``:
-``d DKD / d s_y = alpha T (q_y - p_y)`` and ``d DKD / d s_i = T ((beta - alpha (q_y - p_y)) q^_i - beta p^_i)``.
+    u = s / T \qquad v = t' / T \qquad q = \text{softmax}(u) \qquad p = \text{softmax}(v)
+
+With standardization (LSKD) ``s`` and ``t'`` are first replaced by ``(x - mean) / (1e-7 + std)`` over the classes,
+``std`` with ``C - 1`` (and 0 for ``C = 1``). A class with ``p_i = 0`` counts 0. The cross-entropy is that of the
+student's own logits.
+
+.. math::
+
+    \text{KD} &= T^2 \sum_i p_i (\log p_i - \log q_i) \\
+    \text{DKD} &= \alpha \, \text{TCKD} + \beta \, \text{NCKD} \\
+    \text{TCKD} &= T^2 \text{KL}((p_y, 1 - p_y) \,\|\, (q_y, 1 - q_y)) \\
+    \text{NCKD} &= T^2 \text{KL}(\hat p \,\|\, \hat q)
+        \qquad \hat p_i = p_i / (1 - p_y) \qquad \hat q_i = q_i / (1 - q_y) \qquad i \ne y \\
+    \text{KD} &= \text{TCKD} + (1 - p_y) \text{NCKD} \\
+    \text{CE} &= -\log \text{softmax}(s)_y
+
+*The gradient.* The derivative of ``log q_j`` by ``u_i`` is ``[i = j] - q_i``, and the ``p_j`` sum to 1, so that of KL
+by ``u`` is ``q - p``; ``u`` by ``s`` gives ``1 / T``:
+
+.. math::
+
+    \partial \text{KD} / \partial s &= T (q - p) \\
+    \partial \text{DKD} / \partial s_y &= \alpha T (q_y - p_y) \\
+    \partial \text{DKD} / \partial s_i &= T ((\beta - \alpha (q_y - p_y)) \hat q_i - \beta \hat p_i) \qquad i \ne y
 
 Pinned rules: where the teacher leaves nothing beside the label (all other logits at -inf) there is nothing to match
 there, and NCKD and its gradient are 0; where only the student has nothing there, the loss is infinite. A term of weight

@@ -4,8 +4,8 @@ Three things around the one call of the loss have to be right:
 
 * Position i predicts token i + 1. The *labels* move by one place and the last position gets `ignore_index`. Slicing the
   logits instead would copy `[B, L - 1, V]` numbers, since the kernel wants contiguous ones.
-* The loss is a sum over `num_items_in_batch`, the tokens that count in all the micro-batches of one step. With a mean
-  of each micro-batch, the tokens of short sequences would weigh more under gradient accumulation.
+* The loss is a sum with the denominator `num_items_in_batch`, the tokens that count in all the micro-batches of one
+  step. With a mean of each micro-batch, the tokens of short sequences would weigh more under gradient accumulation.
 * `inplace=True` writes the gradient over the logits, the largest tensor of the step. That is safe: they come out of a
   Linear layer, which does not keep them for its backward pass, and nobody reads them later unless `return_outputs`.
   Without gradients, as in evaluation, nothing is overwritten. A model that caps its logits by tanh does keep them:
@@ -48,12 +48,13 @@ class SortKDTrainer(Trainer):
         outputs = model(**tokens)
         with torch.no_grad():
             teacher_logits = self.teacher(**tokens).logits
-        loss = self.criterion(outputs.logits, teacher_logits, target, inplace=not return_outputs)
         if num_items_in_batch is None:  # then the Trainer divides by the number of micro-batches itself
             num_items_in_batch = (target != IGNORE).sum().clamp(min=1)
         elif self.args.average_tokens_across_devices:  # then it counts all processes, whose gradients DDP averages
-            loss = loss * self.accelerator.num_processes
-        loss = loss / num_items_in_batch
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        loss = self.criterion(
+            outputs.logits, teacher_logits, target, denominator=num_items_in_batch, inplace=not return_outputs
+        )
         return (loss, outputs) if return_outputs else loss
 
 
