@@ -23,8 +23,8 @@ class SortKDOutput(NamedTuple):
 
     Attributes:
         loss: the weighted loss, reduced; the only part with a gradient.
-        kd: the distillation term, unweighted by ``kd_weight``, reduced alike, detached.
-        ce: the cross-entropy, unweighted, reduced alike, detached.
+        kd: the distillation term without ``kd_weight``, reduced in the same way, detached.
+        ce: the cross-entropy without its weight, reduced in the same way, detached.
         rank: the number of classes that the teacher put above the label, int32, of ``target``'s shape; 0 where the
             teacher was right and in ignored rows. ``(rank > 0).float().mean()`` is the share of corrected rows.
     """
@@ -58,10 +58,10 @@ def fused_sort_kd(
 
     The loss of a row is ``kd_weight * T^2 * KL(softmax(t'/T) || softmax(s/T)) + ce_weight * CE(s, y)`` with ``t'`` the
     teacher's row after the correction (Sort-KD, arXiv 2508.16544). The gradient goes to the student, and to
-    ``temperature`` where it is a tensor that asks for it.
+    ``temperature`` where it is a tensor with ``requires_grad``.
 
     Under ``torch.compile`` every new value of a float argument is a new graph: give a temperature that changes as a
-    tensor, and multiply a weight that changes every epoch outside.
+    tensor, and apply a weight that changes every epoch to the returned loss.
 
     Args:
         student: logits ``[..., C]``, float32, float64, bfloat16 or float16.
@@ -77,7 +77,7 @@ def fused_sort_kd(
         denominator: what a ``"sum"`` is divided by, a number or a 0-d tensor: tokens of all micro-batches and ranks.
         row_weight: multiplies each row's loss, ``[...]``; a mean divides by the count of the rows all the same.
         ignore_index: rows with this label have loss 0, gradient 0 and do not count in the mean.
-        inplace: write the gradient over ``student``, which the caller promises not to read again. A permission: the
+        inplace: may write the gradient over ``student``; do not read it afterwards. The
             reference backend, and any backend under ``torch.compile`` or with the student as its own teacher, allocate
             a gradient all the same.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the device's default.
@@ -128,7 +128,8 @@ def fused_sort_dkd(
         alpha: weight of the target-class term.
         beta: weight of the non-target-class term; the recipes have one for each pair of models.
         kd_weight: the warm-up factor of the recipes, ``min(epoch / warmup, 1)``.
-        others: as in :func:`fused_sort_kd`.
+
+    The other arguments are those of :func:`fused_sort_kd`.
 
     Returns:
         As :func:`fused_sort_kd`; the part ``kd`` is ``alpha * TCKD + beta * NCKD``.
@@ -171,8 +172,8 @@ def fused_sort_kd_topk(
     * ``"uniform"``: the values are log-probabilities at temperature 1, and the mass that they leave,
       ``1 - sum exp(values)``, is spread evenly over the ``C - k`` absent classes.
 
-    A label outside the k therefore has every one of the k above it: it takes the largest value, each of the k the next
-    lower one, and the last of them what an absent class holds. The student's softmax runs over all ``C`` classes.
+    A label that is not among the k ranks below all of them. The correction then gives it the largest value, gives each
+    of the k the next lower one, and leaves the last of them with what an absent class holds. The student's softmax runs over all ``C`` classes.
 
     Args:
         student: logits ``[..., C]``.
@@ -180,7 +181,8 @@ def fused_sort_kd_topk(
         teacher_indices: their classes, int64 ``[..., k]``, distinct within a row.
         target: labels ``[...]``.
         tail: ``"renormalize"`` or ``"uniform"``.
-        others: as in :func:`fused_sort_kd`.
+
+    The other arguments are those of :func:`fused_sort_kd`.
 
     Returns:
         As :func:`fused_sort_kd`; ``rank`` counts the classes among the k (and the tail) above the label.
