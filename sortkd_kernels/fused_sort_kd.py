@@ -173,7 +173,8 @@ def fused_sort_kd_topk(
       ``1 - sum exp(values)``, is spread evenly over the ``C - k`` absent classes.
 
     A label that is not among the k ranks below all of them. The correction then gives it the largest value, gives each
-    of the k the next lower one, and leaves the last of them with what an absent class holds. The student's softmax runs over all ``C`` classes.
+    of the k the next lower one, and leaves the last of them with what an absent class holds. The student's softmax runs
+    over all ``C`` classes.
 
     Args:
         student: logits ``[..., C]``.
