@@ -34,7 +34,7 @@ class _Loss(nn.Module):
 class SortKDLoss(_Loss):
     """:func:`fused_sort_kd` with its arguments kept.
 
-    The weights are the field's for CIFAR-100, ``ce_weight=0.1`` and ``kd_weight=0.9``, where the function's are 0 and 1.
+    ``ce_weight`` and ``kd_weight`` are the field's for CIFAR-100, 0.1 and 0.9, where the function's are 0 and 1.
 
     Args:
         temperature, correction, ce_weight, kd_weight: as in :func:`fused_sort_kd`.
