@@ -19,6 +19,7 @@ from .guard import NonFiniteLoss
 
 _MENDABLE = (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 5  # seconds
 
 
 @contextmanager
@@ -27,12 +28,13 @@ def in_words(where_to_go_on: Callable[[], str]) -> Iterator[None]:
 
     SIGTERM and ctrl-C unwind the block like an exception, so that half-written files go, and exit with 143 and 130.
     """
-    received: list[int] = []
+    received: list[tuple[int, float]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the clearing up
+        now = time.monotonic()
+        if received and now - received[-1][1] < _PATIENCE:
+            return  # torchrun and batch systems send it twice, and the second would interrupt the clearing up
+        received.append((number, now))
         # A signal to the whole process group ends the data loader's workers too, of which it would make an error.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -50,7 +52,7 @@ def in_words(where_to_go_on: Callable[[], str]) -> Iterator[None]:
     except BaseException as error:
         # Libraries make an error of their own of what interrupts them, as torch.save does: what came first counts.
         if received or isinstance(error, KeyboardInterrupt):
-            number = received[0] if received else int(signal.SIGINT)
+            number = received[0][0] if received else int(signal.SIGINT)
             if _rank() == 0:
                 print(f"stopped by {signal.Signals(number).name}; {where_to_go_on()}", file=sys.stderr)
             sys.exit(128 + number)
