@@ -24,8 +24,8 @@ class _Lines:
     """A log file in place of a terminal: tqdm goes back to the start of its line, where each text is due its own."""
 
     def write(self, text: str) -> None:
-        """A line of what tqdm would have shown."""
-        if text := text.strip("\r\n "):
+        """A line of what tqdm would have shown; between several bars it moves the cursor as well."""
+        if text := text.replace("\x1b[A", "").strip("\r\n "):
             sys.stderr.write(f"{text}\n")
 
     def flush(self) -> None:
