@@ -109,8 +109,8 @@ PYBIND11_MODULE(SORTKD_MODULE, module) {
   module.def("eager_loss", &sortkd::eager_loss);
 #if defined(SORTKD_SIMT)
   // Tests reach every code path with small rows.
-  module.def("set_choices", [](int tile_group, int stream_threads, int on_chip, int settled, int entries, int blocks) {
-    sortkd::cuda::overrides = {tile_group, stream_threads, on_chip, settled, entries, blocks};
+  module.def("set_choices", [](int lanes, int threads, int cluster, int from_memory, int list_room, int blocks) {
+    sortkd::cuda::overrides = {lanes, threads, cluster, from_memory, list_room, blocks};
   });
 #else
   module.def("build_info", [] {

@@ -41,8 +41,10 @@ def test_micro_batches_with_one_denominator_are_the_batch(backend, dtype):
         torch.testing.assert_close(
             total, fused_sort_kd(student, teacher, target, ce_weight=0.3, backend=backend).detach()
         )
-        # One rounding of the same number each; 1 / 9 is multiplied where the mean divides.
-        torch.testing.assert_close(student.grad, want, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+        # One rounding of the same number each; 1 / 9 is multiplied where the mean divides. A row that begins elsewhere
+        # in memory may be summed in another order, and its gradient is a difference of probabilities.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(student.grad, want, rtol=4 * eps, atol=eps * want.abs().max().item())
 
 
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))

@@ -1,5 +1,5 @@
-"""The CUDA kernels at every launch choice, under the SIMT harness: threads a row, rows streamed, rows left to a second
-launch, entries that shared memory does not hold; each in three orders of threads and blocks, to the same bits.
+"""The CUDA kernels at every launch choice, under the SIMT harness: lanes, a block or a cluster a row, rows read twice, lists
+that shared memory does not hold; each in three orders of threads and blocks, to the same bits.
 
 The choices that the kernels make themselves are tested as the backend "simt" by all the tests of the op.
 """
@@ -24,13 +24,13 @@ pytestmark = [
 # What is not named is as the kernels choose.
 CHOICES = {
     "as chosen": {},
-    "a GPU of 132 processors": {"multiprocessors": 132},  # few rows are spread over more threads
-    "a warp a row": {"tile_group": 32},
-    "a block a row": {"tile_group": 128},
-    "wrong rows left": {"settled": 0},
-    "very wrong rows left": {"settled": 2, "stream_threads": 128, "blocks": 1},
-    "streamed": {"on_chip": -1},
-    "streamed, runs merged in device memory": {"on_chip": -1, "stream_threads": 64, "shared_entries": 32, "blocks": 2},
+    "a GPU of 132 processors": {"multiprocessors": 132},  # few rows are spread over more lanes
+    "a warp a row": {"lanes": 32},
+    "a block a row": {"lanes": 64},
+    "a cluster a row": {"lanes": 128, "cluster": 2},
+    "a block a row, ranks over 2 in a launch of their own": {"lanes": 64, "list_room": 2, "blocks": 2},
+    "read twice": {"from_memory": 1, "threads": 64},
+    "read twice, ranks over 4 in a launch of their own": {"from_memory": 1, "threads": 64, "list_room": 4, "blocks": 1},
 }
 ORDERS = ("forward", "backward", "shuffled")
 SHAPES = (
@@ -48,7 +48,7 @@ VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "swap", "row-T", "d
 def choice(request, simt, monkeypatch):
     from simt import backend
 
-    overrides = {"tile_group": 0, "stream_threads": 0, "on_chip": 0, "settled": -1, "shared_entries": 0, "blocks": 0}
+    overrides = dict.fromkeys(("lanes", "threads", "cluster", "from_memory", "list_room", "blocks"), 0)
     chosen = dict(CHOICES[request.param])
     monkeypatch.setattr(simt.settings, "multiprocessors", chosen.pop("multiprocessors", 2))
     extension, _ = backend.modules()

@@ -1,22 +1,22 @@
 // The launch choices of the CUDA kernels, each with its reason. Nothing else in csrc/cuda holds such a number.
-//
-// No GPU has timed them: they follow from the register file and from what the compiled kernels show.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+
+#include "group.cuh"
 
 namespace sortkd {
 namespace cuda {
 
 // What tests set to reach every code path with small rows; 0: as chosen below.
 struct Overrides {
-  int tile_group = 0;      // threads a row, a power of two up to 512
-  int stream_threads = 0;  // threads a block, a power of two of whole warps
-  int on_chip = 0;         // the most classes for the tile; -1: none
-  int settled = -1;        // the largest rank that the tile settles
-  int shared_entries = 0;  // a power of two, at least 32
-  int blocks = 0;          // blocks of a stream
+  int lanes = 0;        // at least so many lanes a row; more than 32: so many threads of a block
+  int threads = 0;      // of a block that reads its rows from memory twice
+  int cluster = 0;      // blocks a row
+  int from_memory = 0;  // 1: no row is held in registers
+  int list_room = 0;    // entries of a block's list
+  int blocks = 0;       // of a launch
 };
 inline Overrides overrides;
 
@@ -27,112 +27,113 @@ constexpr int power_of_two_over(int64_t n) {
   return p;
 }
 
-// A thread holds 8 vectors of 16 bytes of each side: 64 registers. Fewer rows in flight would not cover the memory's
-// latency, more registers would leave fewer warps.
-constexpr int kVectorsHeld = 8;
+// Classes that a thread holds at most: two exponentials each are 64 registers. A warp holds 1024 classes then, and all
+// of its loads are under way before the first is used: 16 KiB a warp, where 32 KiB a processor cover the memory's
+// latency.
+constexpr int kValuesHeld = 32;
 
-// Threads of a block of small rows. Four warps are enough to share a cache line of neighbouring rows, and leave little
-// behind when the last block runs alone.
+// Threads of a block of rows of lanes. Four warps leave little behind when the last block runs alone.
 constexpr int kSmallBlock = 128;
 
-// A rank that the tile settles, one reduction a step; trained teachers stay below it on nearly all rows. Rows of few
-// classes are settled whatever their rank: another launch takes longer than the steps.
-constexpr int kSettledRank = 8;
-constexpr int kFewClasses = 24;
+// Threads of a block that holds a row; beyond that a cluster of such blocks does. With 128 registers two such blocks
+// are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
+// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs.
+constexpr int kRowBlock = 256, kMostRowBlock = 512, kMostCluster = 8;
 
-// Entries that a stream's block orders in shared memory: 16 or 32 KiB, which leave two blocks room on every
-// architecture.
-constexpr int kSharedEntries = 2048;
+// Classes of a row of Kind::Columns: up to 8 warps a block, and 64 KiB for the lists of 32 rows.
+constexpr int kMostColumnClasses = 256;
 
-// Device memory for entries and top-k rows: a block on each of 132 processors up to C = 100,000.
-constexpr int64_t kScratchBytes = 256 << 20;
+// Entries of a block's list, 16 KiB: room for two blocks beside what they hold. A trained teacher leaves nearly all
+// rows far below; the others go to a launch of their own.
+constexpr int kListRoom = 2048;
 
-// Rows that one block counts or sums, a few microseconds, and the most blocks that do.
-constexpr int64_t kRowsABlock = 8192;
-constexpr int kMostSumBlocks = 64;
+// Device memory for the lists of that launch.
+constexpr int64_t kListBytes = 64 << 20;
 
-// The most threads a row: 512 may have 128 registers each, of which a row takes 64. The general passes, doubles, and
-// the addresses of scattered classes take more.
-constexpr int most_tile_threads(bool doubles, bool general, bool peeled) {
-  return doubles || general || !peeled ? 256 : 512;
-}
+// Shared memory that every launch may have.
+constexpr int kGrantedShared = 48 << 10;
 
-// The most threads of a block of the kernels that stream: with doubles they need up to 150 registers.
-constexpr int most_stream_threads(bool doubles) { return doubles ? 256 : 512; }
+// Rows whose labels each block counts itself: 32 KiB that the level 2 cache has. More are counted once, by a launch.
+constexpr int64_t kCountedByBlocks = 4096;
+constexpr int kRowsACounter = 8192, kMostCounters = 64;
 
-struct TileChoice {
-  bool fits;
-  int group, step, threads, used;
-  int64_t blocks;
+// Blocks of a grid, by the processor: several times what runs at once, so that the last ones end together, and few
+// enough that one block adds up their sums in a microsecond.
+constexpr int kBlocksAProcessor = 16;
+
+// Of the scaling kernel, which mostly looks at one number and ends: as many as run at once.
+constexpr int kScaleBlocks = 8;
+
+// What is asked of the runtime once a device.
+struct Device {
+  int processors, cache_bytes;
+  bool clusters;
 };
 
-// `width`: classes of a vector; `peeled`: 16-byte access; `aligned`: every row begins at 16 bytes.
-inline TileChoice choose_tile(int64_t rows, int64_t C, int64_t inner, int width, bool peeled, bool aligned,
-                              int most_threads, int processors) {
-  const int64_t held = kVectorsHeld * width;
-  int group = power_of_two_over((C + held - 1) / held);
-  // Each thread has room for one of the classes outside the vectors.
-  if (peeled && !aligned) group = std::max(group, power_of_two_over(2 * (width - 1)));
-  if (!peeled && inner == 1)
-    // A class at a time: 8 lanes read a sector of 32 bytes. More would share the work on the row's scalars among fewer
-    // rows.
-    group = std::max(group, std::min(32, power_of_two_over(ceil_div(C, 16))));
-  if (inner == 1)
-    // Few rows: spread them over lanes that have nothing else to do. A row's scalars take each of its lanes as long as
-    // 10 classes, so only while that leaves processors empty.
-    while (group < 32 && group * width < C && rows * group < int64_t(processors) * 256) group *= 2;
-  if (overrides.tile_group) group = std::max(group, overrides.tile_group);
-  TileChoice choice{};
-  const int64_t most = overrides.on_chip ? overrides.on_chip : most_threads * held;
-  choice.fits = C <= most && group <= most_threads;
-  choice.group = group;
-  // With classes `inner` apart, neighbouring lanes take neighbouring rows.
-  choice.step = inner > 1 && group < 32 ? 32 / group : 1;
-  choice.threads = group > 32 ? group : kSmallBlock;
-  choice.used = std::min<int>(kVectorsHeld, ceil_div(C, int64_t(width) * group));
-  choice.blocks = (rows + choice.threads / group - 1) / (choice.threads / group);
-  return choice;
-}
-
-// The largest rank that the tile settles.
-inline int settled_rank(int64_t C) {
-  if (overrides.settled >= 0) return overrides.settled;
-  return C <= kFewClasses ? kFewClasses : kSettledRank;
-}
-
-struct StreamChoice {
-  int threads, blocks, shared_entries;
-  int64_t entry_bytes;  // device memory for the entries of a block
+struct Shape {
+  Kind kind;
+  int held;  // vectors a thread; 0: the row is read from memory twice, the second time from the level 2 cache
+  int lanes, threads, cluster;
+  int rows;  // of a block
 };
 
-// `entry`: bytes of an entry; `dense`: bytes of a top-k teacher's class, or 0.
-inline StreamChoice choose_stream(int64_t rows, int64_t C, int width, bool corrects, int entry, int dense,
-                                  int processors) {
-  StreamChoice choice{};
-  // Two vectors a thread while that fills whole warps: rows that the tile left are often short.
-  choice.threads = std::clamp(power_of_two_over(ceil_div(C, 2 * width)), 64, most_stream_threads(entry > 8));
-  if (overrides.stream_threads) choice.threads = overrides.stream_threads;
-  choice.shared_entries = corrects ? std::clamp(power_of_two_over(C), 32, kSharedEntries) : 0;
-  if (corrects && overrides.shared_entries) choice.shared_entries = overrides.shared_entries;
-  choice.entry_bytes = corrects ? (C > choice.shared_entries ? 2 : 1) * C * entry : 0;
-  // 1024 threads a processor: at 64 registers they are all that fit.
-  int64_t blocks = std::min<int64_t>(rows, int64_t(processors) * (1024 / choice.threads));
-  blocks = std::min(blocks, std::max<int64_t>(1, kScratchBytes / std::max<int64_t>(1, choice.entry_bytes + dense * C)));
-  choice.blocks = overrides.blocks ? overrides.blocks : static_cast<int>(std::max<int64_t>(1, blocks));
-  return choice;
+// `width`: classes of a vector; `aligned`: every row begins at 16 bytes; `smallest`: the fewest vectors that a kernel
+// holds besides kValuesHeld / width, and what lies between.
+inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool general, const Device& device) {
+  const int most_held = kValuesHeld / width;
+  const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
+  Shape shape{Kind::Block, 0, 1, 0, 1, 1};
+  if (!overrides.from_memory) {
+    // A class costs a lane some 16 instructions, a row some 250 more in each of its lanes. With rows for every lane of
+    // the device the sum counts; with fewer the time of one row.
+    int64_t best = -1;
+    for (int held : {1, 4, 8}) {
+      if (held > most_held || (general && held != most_held)) continue;
+      int lanes = power_of_two_over(ceil_div(vectors, held));
+      if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
+      if (lanes > 32) continue;
+      const int64_t row_cost = held * width * 16 + 250;
+      const int64_t waves = std::max<int64_t>(1, rows * lanes / (static_cast<int64_t>(device.processors) * 512));
+      const int64_t cost = waves * row_cost;
+      if (best < 0 || cost < best) {
+        best = cost;
+        shape = {Kind::Lanes, held, lanes, kSmallBlock, 1, kSmallBlock / lanes};
+      }
+    }
+    if (best >= 0) return shape;
+    int threads = ceil_div(ceil_div(vectors, most_held), 32) * 32, cluster = 1;
+    if (overrides.lanes > 32) threads = std::max(threads, overrides.lanes);
+    if (device.clusters || overrides.cluster) {
+      while (cluster < kMostCluster && ceil_div(threads, cluster) > kRowBlock) cluster *= 2;
+      if (overrides.cluster) cluster = overrides.cluster;
+      threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
+    }
+    if (threads <= kMostRowBlock) return {Kind::Block, most_held, 1, threads, cluster, 1};
+  }
+  // Two vectors a thread while that fills whole warps.
+  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, 512);
+  if (overrides.threads) shape.threads = overrides.threads;
+  return shape;
 }
 
-// The launches of a loss.
-struct LossChoice {
-  bool tiled, streamed;
-  bool general;  // Passes::General
-  TileChoice tile;
-  StreamChoice stream;
-};
+inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
-// Blocks that share a sum over rows.
-inline int sum_blocks(int64_t rows) {
-  return rows <= kRowsABlock ? 1 : std::min(kMostSumBlocks, ceil_div(rows, kRowsABlock));
+inline Shape choose_mixed(int64_t C, bool doubles) {
+  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, doubles ? 256 : 512), 1, 1};
+  if (overrides.threads) shape.threads = overrides.threads;
+  return shape;
+}
+
+// Blocks (of a cluster: all of them) of a launch over so many rows.
+inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, const Device& device) {
+  int64_t most = static_cast<int64_t>(device.processors) * kBlocksAProcessor;
+  // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
+  if (shape.held == 0)
+    most = device.processors * std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1,
+                                                   std::max(1, 2048 / shape.threads));
+  if (overrides.blocks) most = overrides.blocks;
+  const int64_t tiles = (rows + shape.rows - 1) / shape.rows;
+  return static_cast<int>(std::clamp<int64_t>(most / shape.cluster, 1, std::max<int64_t>(tiles, 1))) * shape.cluster;
 }
 
 }  // namespace cuda

@@ -1,14 +1,29 @@
-// The few places where the sources know whether nvcc compiles them, or a host compiler for the test harness
-// (SORTKD_SIMT): launches, shared memory, the fast exponential, and what the optimizer may not see through.
+// What the kernels ask of the hardware, each with a plain form for the test harness (SORTKD_SIMT), and the element
+// types: sixteen bytes of logits as they lie in memory.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+#include "../kernels.h"
+#include "../row_math.h"
+
+#define SORTKD_DEVICE __device__ __forceinline__
+
+// Shared memory of other blocks of a cluster.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SORTKD_CLUSTER 1
+#else
+#define SORTKD_CLUSTER 0
+#endif
 
 #if defined(__CUDACC__)
 #define SORTKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -27,7 +42,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-__device__ __forceinline__ char* shared_memory() {
+SORTKD_DEVICE char* shared_memory() {
 #if defined(__CUDACC__)
   extern __shared__ __align__(16) char memory[];
   return memory;
@@ -37,7 +52,7 @@ __device__ __forceinline__ char* shared_memory() {
 }
 
 // 2^x. The instruction has a relative error of 2 roundings; results below the normal range are 0, and NaN stays NaN.
-__device__ __forceinline__ float power_of_two(float x) {
+SORTKD_DEVICE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -46,32 +61,167 @@ __device__ __forceinline__ float power_of_two(float x) {
   return exp2f(x);
 #endif
 }
-__device__ __forceinline__ double power_of_two(double x) { return exp2(x); }
-
-// Nothing happens to the word, but the compiler must assume so. Without this it would unpack halves once for all passes
-// over a row and keep the floats, for which there are no registers.
-__device__ __forceinline__ void hide(unsigned& word) {
+// Its absolute error is 2^-22 near 1, its relative error elsewhere.
+SORTKD_DEVICE float log2_of(float x) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(word));
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
-  (void)word;
+  return log2f(x);
+#endif
+}
+SORTKD_DEVICE double power_of_two(double x) { return exp2(x); }
+
+// What the compiler must take as it is: it would fold a pointer into 64-bit arithmetic for each access, and keep what
+// it has computed from a number, for which there are no registers.
+template <typename V>
+SORTKD_DEVICE V compiler_barrier(V value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_pointer_v<V>) {
+    asm("" : "+l"(value));
+    __builtin_assume(__isGlobal(value));
+  } else if constexpr (std::is_same_v<V, int>) {
+    asm volatile("" : "+r"(value));
+  } else if constexpr (std::is_same_v<V, float>) {
+    asm volatile("" : "+f"(value));
+  }
+#endif
+  return value;
+}
+
+SORTKD_DEVICE unsigned lane_id() { return threadIdx.x % kWarp; }
+
+// The blocks of a cluster see each other's shared memory. The harness has no clusters: it runs the same row on one
+// block of as many threads.
+SORTKD_DEVICE unsigned cluster_rank() {
+#if SORTKD_CLUSTER
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+SORTKD_DEVICE void cluster_barrier() {
+#if SORTKD_CLUSTER
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The address, in the shared memory of block `rank`, of what lies at `place` in this one's.
+template <typename V>
+SORTKD_DEVICE V* in_block(V* place, unsigned rank) {
+#if SORTKD_CLUSTER
+  unsigned long long there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+  return reinterpret_cast<V*>(there);
+#else
+  return place;
 #endif
 }
 
-__device__ __forceinline__ unsigned lane_id() { return threadIdx.x % kWarp; }
+struct Half {
+  unsigned short bits;
+};
+struct BFloat16 {
+  unsigned short bits;
+};
 
-// Any small plain struct, a word at a time.
-template <typename V>
-__device__ __forceinline__ V shuffled_xor(const V& value, int offset) {
-  static_assert(sizeof(V) % 4 == 0);
-  constexpr int kWords = sizeof(V) / 4;
-  unsigned words[kWords];
-  memcpy(words, &value, sizeof(V));
+SORTKD_DEVICE float widened(float x) { return x; }
+SORTKD_DEVICE double widened(double x) { return x; }
+SORTKD_DEVICE float widened(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+SORTKD_DEVICE float widened(Half x) {
+  __half h;
+  memcpy(&h, &x, sizeof h);
+  return __half2float(h);
+}
+
+// Rounded to nearest.
+template <typename X, typename T>
+SORTKD_DEVICE X narrowed(T x) {
+  if constexpr (std::is_same_v<X, Half>) {
+    const __half h = __float2half_rn(static_cast<float>(x));
+    X result;
+    memcpy(&result, &h, sizeof h);
+    return result;
+  } else if constexpr (std::is_same_v<X, BFloat16>) {
+    const __nv_bfloat16 h = __float2bfloat16_rn(static_cast<float>(x));
+    X result;
+    memcpy(&result, &h, sizeof h);
+    return result;
+  } else {
+    return static_cast<X>(x);
+  }
+}
+
+// The type of arithmetic on logits of type X.
+template <typename X>
+using Acc = std::conditional_t<std::is_same_v<X, double>, double, float>;
+
+template <typename X>
+constexpr int kWidth = 16 / sizeof(X);
+
+template <typename X>
+SORTKD_DEVICE void unpack(const uint4& v, Acc<X>* values) {
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+  if constexpr (sizeof(X) == 8) {
+    memcpy(values, words, 16);
+  } else {
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) words[w] = __shfl_xor_sync(kFullMask, words[w], offset);
-  V result;
-  memcpy(&result, words, sizeof(V));
-  return result;
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(X) == 4) {
+        values[w] = __uint_as_float(words[w]);
+      } else if constexpr (std::is_same_v<X, BFloat16>) {
+        values[2 * w] = __uint_as_float(words[w] << 16);
+        values[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+      } else {
+        values[2 * w] = widened(Half{static_cast<unsigned short>(words[w])});
+        values[2 * w + 1] = widened(Half{static_cast<unsigned short>(words[w] >> 16)});
+      }
+    }
+  }
+}
+
+template <typename X>
+SORTKD_DEVICE uint4 pack(const Acc<X>* values) {
+  unsigned words[4];
+  if constexpr (sizeof(X) == 8) {
+    memcpy(words, values, 16);
+  } else if constexpr (sizeof(X) == 4) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      words[w] = __float_as_uint(values[w]);  // not copied: that would go through local memory
+  } else {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float low = values[2 * w], high = values[2 * w + 1];
+#if defined(__CUDA_ARCH__)  // two at a time: one instruction
+      if constexpr (std::is_same_v<X, Half>)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[w]) : "f"(high), "f"(low));
+      else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[w]) : "f"(high), "f"(low));
+#else
+      words[w] = narrowed<X>(low).bits | static_cast<unsigned>(narrowed<X>(high).bits) << 16;
+#endif
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// One element of a dtype that only the call knows.
+template <typename T>
+SORTKD_DEVICE T element(const void* base, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::Float) return static_cast<T>(static_cast<const float*>(base)[i]);
+  if (dtype == Dtype::BFloat16) return static_cast<T>(widened(static_cast<const BFloat16*>(base)[i]));
+  if (dtype == Dtype::Half) return static_cast<T>(widened(static_cast<const Half*>(base)[i]));
+  return static_cast<T>(static_cast<const double*>(base)[i]);
+}
+template <typename T>
+SORTKD_DEVICE void set_element(void* base, Dtype dtype, int64_t i, T x) {
+  if (dtype == Dtype::Float) static_cast<float*>(base)[i] = static_cast<float>(x);
+  if (dtype == Dtype::BFloat16) static_cast<BFloat16*>(base)[i] = narrowed<BFloat16>(x);
+  if (dtype == Dtype::Half) static_cast<Half*>(base)[i] = narrowed<Half>(x);
+  if (dtype == Dtype::Double) static_cast<double*>(base)[i] = static_cast<double>(x);
 }
 
 }  // namespace cuda

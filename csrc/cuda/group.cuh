@@ -1,4 +1,4 @@
-// The threads that work on one row: 1 to 32 lanes of a warp, or a whole block.
+// The threads that work on one row, and how they agree.
 #pragma once
 
 #include "device.cuh"
@@ -6,51 +6,151 @@
 namespace sortkd {
 namespace cuda {
 
-// Bytes that a reduction over a block takes of shared memory: two turns, so that one barrier a reduction is enough, of
-// a value for each of 32 warps.
-constexpr int kPartialBytes = 64;
-constexpr int kGroupBytes = 2 * 32 * kPartialBytes;
-
-// A block's counter behind them, and the alignment of what follows.
-constexpr int kCounterBytes = 16;
-
-struct Group {
-  int size;    // threads, a power of two
-  int step;    // lanes from one to the next within a warp; over 1 where neighbouring lanes hold neighbouring rows
-  int member;  // this thread among them
-  char* shared;
-  int turn;
-
-  // A warp holds 32 / size rows, or the block one.
-  static __device__ __forceinline__ Group of(int size, int step) {
-    const int thread = static_cast<int>(threadIdx.x);
-    return {size, step, size > 32 ? thread : thread % 32 / step % size, shared_memory(), 0};
-  }
-
-  __device__ __forceinline__ bool wide() const { return size > 32; }
-
-  // The values of all threads merged, in a fixed order, in every thread. Every lane of the warp must come here, and
-  // where the group is wide every thread of the block.
-  template <typename V>
-  __device__ __forceinline__ V merged(V value) {
-    static_assert(sizeof(V) <= kPartialBytes);
-    for (int offset = min(size, 32) * step / 2; offset >= step; offset /= 2) value.merge(shuffled_xor(value, offset));
-    if (!wide()) return value;
-    V* partial = reinterpret_cast<V*>(shared + turn * (kGroupBytes / 2));
-    turn ^= 1;
-    const int warps = size / 32;
-    if (lane_id() == 0) partial[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = partial[lane_id() % warps];
-    for (int offset = warps / 2; offset >= 1; offset /= 2) value.merge(shuffled_xor(value, offset));
-    return value;
-  }
+enum class Kind {
+  Lanes,    // 1 to 32 lanes of a warp: several rows a warp
+  Block,    // a block, or a cluster of blocks
+  Columns,  // 32 rows a block, a row a lane: for classes that lie apart, where neighbouring rows are next to each other
 };
 
-// How many threads say so, and how much.
-struct Count {
-  int n;
-  __device__ __forceinline__ void merge(const Count& other) { n += other.n; }
+template <typename T, int n>
+struct Sums {
+  T of[n];
+  SORTKD_DEVICE void merge(const Sums& other) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) of[i] += other.of[i];
+  }
+  SORTKD_DEVICE Sums shuffled_xor(int offset) const {
+    Sums other;
+#pragma unroll
+    for (int i = 0; i < n; ++i) other.of[i] = __shfl_xor_sync(kFullMask, of[i], offset);
+    return other;
+  }
+  static SORTKD_DEVICE Sums none() { return {}; }
+};
+
+// What a reduction takes of shared memory: for each warp (and lane, of columns) a value of at most so many bytes. Two
+// turns, so that one barrier a reduction is enough.
+constexpr int kPartialBytes = 64;
+constexpr int partial_bytes(Kind kind, int threads, int cluster) {
+  return 2 * kPartialBytes *
+         (kind == Kind::Lanes   ? threads / 32
+          : kind == Kind::Block ? threads / 32 * cluster
+                                : threads);
+}
+
+template <typename V>
+SORTKD_DEVICE V warp_merged(V value) {
+#pragma unroll
+  for (int offset = 16; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
+  return value;
+}
+
+// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after. Once a kernel:
+// in few instructions.
+template <typename V>
+SORTKD_DEVICE V block_merged(V value, char* shared) {
+  V* const partial = reinterpret_cast<V*>(shared);
+#pragma unroll 1
+  for (int offset = 16; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
+  __syncthreads();
+  if (lane_id() == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  V all = partial[0];
+#pragma unroll 1
+  for (unsigned w = 1; w < blockDim.x / kWarp; ++w) all.merge(partial[w]);
+  __syncthreads();
+  return all;
+}
+
+template <Kind kind>
+struct Group {
+  static constexpr Kind kKind = kind;
+  int size;       // threads of the row
+  int member;     // this one among them
+  int slot;       // the row's place among the block's
+  int cluster;    // blocks of the row, for Kind::Block
+  unsigned rank;  // this block among them
+  int turn;
+
+  SORTKD_DEVICE Group(int log_lanes, int blocks) : cluster(blocks), rank(0), turn(0) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    if constexpr (kind == Kind::Lanes) {
+      size = 1 << log_lanes, member = thread & (size - 1), slot = thread >> log_lanes;
+    } else if constexpr (kind == Kind::Block) {
+      if (cluster > 1) rank = cluster_rank();
+      size = threads * cluster, member = static_cast<int>(rank) * threads + thread, slot = 0;
+    } else {
+      size = threads / 32, member = thread / 32, slot = thread % 32;
+    }
+  }
+
+  SORTKD_DEVICE int blocks() const { return kind == Kind::Block ? cluster : 1; }
+  // Among those of the grid that work on rows of their own.
+  SORTKD_DEVICE int index() const { return static_cast<int>(blockIdx.x) / blocks(); }
+  // Whether this thread has vector g of its row.
+  SORTKD_DEVICE bool has(int g) const { return member == (kind == Kind::Lanes ? g & (size - 1) : g % size); }
+
+  // The list of a row is kept by its threads, or those of the cluster's first block.
+  SORTKD_DEVICE bool keeps_list() const { return kind != Kind::Block || rank == 0; }
+  SORTKD_DEVICE int list_member() const { return kind == Kind::Block ? static_cast<int>(threadIdx.x) : member; }
+  SORTKD_DEVICE int list_size() const { return kind == Kind::Block ? static_cast<int>(blockDim.x) : size; }
+  SORTKD_DEVICE void list_sync() const {
+    if constexpr (kind == Kind::Lanes)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+  SORTKD_DEVICE void sync() const {
+    if (kind == Kind::Block && cluster > 1)
+      cluster_barrier();
+    else
+      list_sync();
+  }
+
+  // Whether a row of those that share barriers says so: a row of a block's, in a block's own row every thread says the
+  // same.
+  SORTKD_DEVICE bool any(bool says) const {
+    if constexpr (kind == Kind::Lanes) return __any_sync(kFullMask, says);
+    if constexpr (kind == Kind::Columns) return __syncthreads_or(says);
+    return says;
+  }
+
+  // The values of the row's threads merged in a fixed order, in every thread.
+  template <typename V>
+  SORTKD_DEVICE V merged(V value) {
+    static_assert(sizeof(V) <= kPartialBytes);
+    if constexpr (kind == Kind::Lanes) {
+#pragma unroll 1
+      for (int offset = size / 2; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
+      return value;
+    }
+    const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
+    const int lane = static_cast<int>(lane_id());
+    if constexpr (kind == Kind::Columns) {
+      V* const partial = reinterpret_cast<V*>(shared_memory() + turn * kPartialBytes * static_cast<int>(blockDim.x));
+      turn ^= 1;
+      partial[threadIdx.x] = value;
+      __syncthreads();
+      value = partial[lane];
+#pragma unroll 1
+      for (int w = 1; w < warps; ++w) value.merge(partial[w * 32 + lane]);
+      return value;
+    }
+    V* const partial = reinterpret_cast<V*>(shared_memory() + turn * kPartialBytes * warps * cluster);
+    turn ^= 1;
+    value = warp_merged(value);
+    if (cluster > 1) {
+      if (lane < cluster) *in_block(partial + static_cast<int>(rank) * warps + warp, lane) = value;
+      cluster_barrier();
+    } else {
+      if (lane == 0) partial[warp] = value;
+      __syncthreads();
+    }
+    value = V::none();
+#pragma unroll 1
+    for (int i = lane; i < warps * cluster; i += 32) value.merge(partial[i]);
+    return warp_merged(value);
+  }
 };
 
 }  // namespace cuda

@@ -1,177 +1,276 @@
-// The launches of a loss: count the rows, work on them in registers, stream what is left, sum.
-#include "access.cuh"
-#include "choices.h"
-#include "host.h"
-#include "launch_rows.h"
-#include "order.cuh"
-#include "reduce.cuh"
+// The launches of a loss: [count the labels,] the rows, [the rows whose list did not fit].
+#include <atomic>
+#include <chrono>
+#include <mutex>
+
+#include "loss.h"
 
 namespace sortkd {
 namespace cuda {
 
-namespace {
+constexpr int kCountThreads = 256;
 
-// Sixteen aligned bytes at a time, wherever a row begins: both sides and the gradient must be as far from it.
-bool can_peel(const LossArgs& job) {
-  if (job.layout.inner != 1 || job.teacher_indices || job.student_dtype != job.teacher_dtype) return false;
-  const auto past = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
-  if (past(job.student) != past(job.teacher)) return false;
-  if (job.grad_student && past(job.grad_student) != past(job.student)) return false;
-  // A short row that begins anywhere has little between its edges.
-  const int64_t bytes = job.layout.C * bytes_of(job.student_dtype);
-  return (bytes % 16 == 0 && past(job.student) == 0) || bytes >= 256;
+// counts[b]: the rows of block b's span that count.
+__global__ void __launch_bounds__(kCountThreads)
+    sort_kd_count(const int64_t* target, int64_t rows, int64_t ignore_index, unsigned* counts) {
+  const int64_t span = (rows + gridDim.x - 1) / gridDim.x, end = min(rows, (blockIdx.x + 1) * span);
+  Sums<int, 1> counted{};
+  for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads)
+    counted.of[0] += target[n] != ignore_index;
+  counted = block_merged(counted, shared_memory());
+  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(counted.of[0]);
 }
 
-// How a job is launched, and its scratch memory. Made twice, for the size and for the launches.
+const Device& device() {
+  constexpr int kDevices = 64;
+  static std::once_flag asked[kDevices];
+  static Device devices[kDevices];
+  int current = 0;
+  cudaGetDevice(&current);
+  Device& d = devices[current % kDevices];
+  const auto ask = [&] {
+    int major = 0;
+    cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, current);
+    cudaDeviceGetAttribute(&d.cache_bytes, cudaDevAttrL2CacheSize, current);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current);
+    d.clusters = major >= 9 && compiled_for_clusters();
+  };
+#if defined(__CUDACC__)
+  std::call_once(asked[current % kDevices], ask);
+#else
+  ask();  // tests change the device
+#endif
+  return d;
+}
+
+namespace {
+
+// Pieces of one allocation, each aligned to 256 bytes.
+struct Pieces {
+  char* base;
+  size_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* const piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return piece;
+  }
+};
+
+// Bytes from a multiple of those of a vector.
+int past_vector(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
+
+// 16-byte accesses to the rows of both sides, wherever they begin.
+bool has_vectors(const LossArgs& args) {
+  return args.layout.inner == 1 && !args.teacher_indices && args.student_dtype == args.teacher_dtype &&
+         !args.acc_double() && past_vector(args.student) == past_vector(args.teacher);
+}
+
+Mode mode_of(const LossArgs& args) {
+  const LossConfig& config = args.config;
+  if (config.standardize || args.temperature || args.grad_temperature) return Mode::General;
+  if (!config.with_ce()) return Mode::Kd;
+  const double T = config.temperature;
+  return T == 1 || T == 2 || T == 4 ? Mode::KdCe : Mode::General;
+}
+
+// How a call is launched, and its scratch memory. Made twice, for the size and for the launches.
 template <typename T>
 struct Plan {
-  bool peeled, left;
-  LossChoice choice;
-  int sums;
+  Mode mode;
+  bool vectors, overflows;
+  Shape shape, rest;
+  int counters, blocks, rest_blocks, room;
   unsigned* counts;
-  unsigned* left_count;
-  int64_t* left_rows;
-  char* entries;
-  T* dense;
-  T *kd, *ce;
-  double *kd_sums, *ce_sums;
+  unsigned long long* ticket;
+  double* partials;
+  uint8_t* overflow;
+  char *entries, *rest_entries;
   size_t bytes;
 
-  Plan(const LossArgs& job, void* scratch) : bytes(0) {
-    const int64_t rows = job.layout.rows(), C = job.layout.C;
-    const LossConfig& options = job.config;
-    const int processors = cuda::processors();
-    peeled = can_peel(job);
-    const T temperature = static_cast<T>(job.config.temperature);
-    const bool power = !job.temperature && (temperature == T(1) || temperature == T(2) || temperature == T(4));
-    choice.general = options.standardize || job.grad_temperature || (options.with_ce() && !power);
-    const int width = 16 / (peeled ? bytes_of(job.student_dtype) : static_cast<int>(sizeof(T)));
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(job.student) % 16 == 0 && C * bytes_of(job.student_dtype) % 16 == 0;
-    choice.tile = choose_tile(rows, C, job.layout.inner, width, peeled, aligned,
-                              most_tile_threads(sizeof(T) == 8, choice.general, peeled), processors);
-    choice.tiled = choice.tile.fits && !job.teacher_indices;
-    left = choice.tiled && options.correction == Correction::Sort && settled_rank(C) < C - 1;
-    choice.streamed = !choice.tiled || left;
-    choice.stream = choose_stream(rows, C, width, options.correction != Correction::None, sizeof(Entry<T>),
-                                  job.teacher_indices ? sizeof(T) : 0, processors);
-    sums = sum_blocks(rows);
+  Plan(const LossArgs& args, void* scratch) {
+    const Device& d = device();
+    const int64_t rows = args.layout.rows(), C = args.layout.C;
+    const int bytes_s = bytes_of(args.student_dtype), bytes_t = bytes_of(args.teacher_dtype);
+    mode = mode_of(args);
+    vectors = has_vectors(args);
+    if (vectors) {
+      const bool aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
+      shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode == Mode::General, d);
+      vectors = shape.held > 0 || mode != Mode::General;
+    } else if (args.layout.inner > 1 && C <= kMostColumnClasses && !args.teacher_indices && !args.acc_double()) {
+      shape = choose_columns(C);
+      if (mode == Mode::KdCe) mode = Mode::General;
+    } else {
+      shape = choose_mixed(C, sizeof(T) == 8);
+      mode = Mode::General;
+    }
+    if (!vectors && shape.kind == Kind::Block) shape = choose_mixed(C, sizeof(T) == 8);
+
+    const bool lists = args.config.correction != Correction::None || args.rank;
+    const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
+    const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
+    const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
+    const auto list_blocks = [&](const Shape& s) {
+      return static_cast<int>(std::max<int64_t>(
+          1, std::min<int64_t>(choose_blocks(s, rows, C * (bytes_s + bytes_t), d), kListBytes / list_bytes)));
+    };
+    blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
+    room = static_cast<int>(most_listed);
+    bool in_device = false;
+    overflows = false;
+    rest_blocks = 0;
+    if (shape.kind == Kind::Block && most_listed > most_room) {
+      if (args.teacher_indices) {
+        in_device = true;
+        blocks = list_blocks(shape);
+      } else {
+        overflows = true;
+        room = static_cast<int>(most_room);
+        rest = choose_mixed(C, sizeof(T) == 8);
+        rest_blocks = list_blocks(rest);
+      }
+    }
 
     Pieces pieces{static_cast<char*>(scratch)};
-    counts = pieces.take<unsigned>(kMostSumBlocks);
-    left_count = pieces.take<unsigned>(1);
-    left_rows = pieces.take<int64_t>(left ? rows : 0);
-    entries = pieces.take<char>(choice.streamed ? choice.stream.blocks * choice.stream.entry_bytes : 0);
-    dense = job.teacher_indices ? pieces.take<T>(choice.stream.blocks * C) : nullptr;
-    const bool reduced = job.config.reduction != Reduction::None;
-    kd = !reduced && job.kd ? static_cast<T*>(job.kd) : pieces.take<T>(rows);
-    ce = !reduced && job.ce ? static_cast<T*>(job.ce) : options.with_ce() ? pieces.take<T>(rows) : nullptr;
-    kd_sums = pieces.take<double>(sums);
-    ce_sums = pieces.take<double>(sums);
+    const bool mean = args.config.reduction == Reduction::Mean;
+    counters = mean && rows > kCountedByBlocks ? std::min(kMostCounters, ceil_div(rows, kRowsACounter)) : 0;
+    counts = pieces.take<unsigned>(counters);
+    ticket = pieces.take<unsigned long long>(1);
+    partials = pieces.take<double>(2 * (blocks / shape.cluster + rest_blocks));
+    overflow = pieces.take<uint8_t>(overflows ? rows : 0);
+    entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
+    rest_entries = pieces.take<char>(rest_blocks * list_bytes);
+    if (!in_device) entries = nullptr;
+    if (!overflows) overflow = nullptr;
     bytes = pieces.used;
   }
 
-  LossParams<T> params(const LossArgs& job) const {
-    const LossConfig& options = job.config;
-    const int64_t C = job.layout.C;
-    LossParams<T> p{};
-    p.rows = job.layout.rows();
-    p.inner = job.layout.inner;
+  Params<T> params(const LossArgs& args) const {
+    const LossConfig& config = args.config;
+    const int64_t C = args.layout.C;
+    Params<T> p{};
+    p.rows = args.layout.rows();
+    p.inner = args.layout.inner;
     p.C = static_cast<int>(C);
-    p.student_dtype = job.student_dtype;
-    p.teacher_dtype = job.teacher_dtype;
-    p.student = job.student;
-    p.teacher = job.teacher;
-    p.teacher_indices = job.teacher_indices;
-    p.k = static_cast<int>(job.k);
-    p.grad_student = job.grad_student;
-    p.target = job.target;
-    p.ignore_index = job.config.ignore_index;
-    p.temperature = static_cast<const T*>(job.temperature);
-    p.temperature_stride = static_cast<int>(job.temperature_stride);
-    p.temperature_value = static_cast<T>(job.config.temperature);
-    p.upstream = static_cast<const T*>(job.grad_output);
-    p.upstream_stride = static_cast<int>(job.grad_output_stride);
-    p.counts = job.config.reduction == Reduction::Mean ? counts : nullptr;
-    p.count_blocks = sums;
-    p.correction = options.correction;
-    p.passes = choice.general ? Passes::General : options.with_ce() ? Passes::WithPower : Passes::Distillation;
-    p.power = static_cast<int>(job.config.temperature);
-    p.decoupled = options.decoupled();
-    p.standardize = options.standardize;
-    p.with_ce = options.with_ce();
-    p.uniform_tail = options.uniform_tail;
-    p.kd_weight = static_cast<T>(options.kd_weight);
-    p.ce_weight = static_cast<T>(options.ce_weight);
-    p.alpha = static_cast<T>(options.alpha);
-    p.beta = static_cast<T>(options.beta_of(C));
-    p.loss = job.config.reduction == Reduction::None ? static_cast<T*>(job.loss) : nullptr;
-    p.kd = kd;
-    p.ce = ce;
-    p.grad_temperature = static_cast<T*>(job.grad_temperature);
-    p.rank = job.rank;
-    p.group = choice.tile.group;
-    p.step = choice.tile.step;
-    p.used = choice.tile.used;
-    p.settled = left ? settled_rank(C) : p.C;
-    p.left_count = left ? left_count : nullptr;
-    p.left = left ? left_rows : nullptr;
-    p.entries = entries;
-    p.entry_bytes = choice.stream.entry_bytes;
-    p.shared_entries = choice.stream.shared_entries;
-    p.dense = dense;
+    p.student_dtype = args.student_dtype;
+    p.teacher_dtype = args.teacher_dtype;
+    p.student = args.student;
+    p.teacher = args.teacher;
+    p.teacher_indices = args.teacher_indices;
+    p.k = static_cast<int>(args.k);
+    p.grad = args.grad_student;
+    const bool apart = vectors && past_vector(args.grad_student) != past_vector(args.student);
+    p.scalar_grads = apart && args.grad_student ? p.C : 0;
+    p.shift = static_cast<int>(reinterpret_cast<uintptr_t>(args.student) % 16 / bytes_of(args.student_dtype));
+    p.target = args.target;
+    p.temperature = static_cast<const T*>(args.temperature);
+    p.temperature_stride = static_cast<int>(args.temperature_stride);
+    p.temperature_value = static_cast<T>(config.temperature);
+    p.inverse_temperature = static_cast<T>(1 / config.temperature);
+    p.grad_output = static_cast<const T*>(args.grad_output);
+    p.grad_output_stride = static_cast<int>(args.grad_output_stride);
+    p.grad_temperature = static_cast<T*>(args.grad_temperature);
+    p.rank = args.rank;
+    p.config = config;
+    p.decoupled = config.decoupled();
+    p.with_ce = config.with_ce();
+    p.moments = config.standardize || args.grad_temperature;
+    p.power = mode == Mode::KdCe ? static_cast<int>(config.temperature) : 1;
+    p.beta = config.beta_of(C);
+    p.reduced = config.reduction != Reduction::None;
+    p.mean = config.reduction == Reduction::Mean;
+    p.loss = static_cast<T*>(args.loss);
+    p.kd = static_cast<T*>(args.kd);
+    p.ce = static_cast<T*>(args.ce);
+    p.counts = counters ? counts : nullptr;
+    p.count_blocks = counters;
+    p.partials = partials;
+    p.partials_all = blocks / shape.cluster + rest_blocks;
     return p;
   }
 };
 
+// Different for every call of a process, and unlike what memory holds.
+unsigned long long fresh_nonce() {
+  static std::atomic<unsigned long long> next{static_cast<unsigned long long>(
+      std::chrono::steady_clock::now().time_since_epoch().count() * 0x9e3779b97f4a7c15ull)};
+  return (next.fetch_add(1) & ((1ull << (64 - kTicketBits)) - 1)) | 1ull << (63 - kTicketBits);
+}
+
+// Gives the lists their places behind what reductions take.
 template <typename T>
-cudaError_t run(const LossArgs& job, void* scratch, cudaStream_t stream) {
-  const Plan<T> plan(job, scratch);
-  const LossParams<T> p = plan.params(job);
-  if (p.rows > 0) {
-    if (p.counts)
-      SORTKD_LAUNCH(sort_kd_count, plan.sums, kReduceThreads, kGroupBytes, stream, job.target, p.rows, job.config.ignore_index,
-                    plan.counts, plan.left_count);
-    else if (plan.left)
-      cudaMemsetAsync(plan.left_count, 0, sizeof(unsigned), stream);
-    if (!plan.peeled)
-      launch_rows<Scattered<T>>(plan.choice, p, stream);
-    else if constexpr (sizeof(T) == 8)
-      launch_rows<Peeled<double>>(plan.choice, p, stream);
-    else if (job.student_dtype == Dtype::Float)
-      launch_rows<Peeled<float>>(plan.choice, p, stream);
-    else if (job.student_dtype == Dtype::BFloat16)
-      launch_rows<Peeled<BFloat16>>(plan.choice, p, stream);
-    else
-      launch_rows<Peeled<Half>>(plan.choice, p, stream);
+Launch place_lists(const Shape& shape, int blocks, int room, char* in_device, Params<T>& p) {
+  int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster);
+  const auto take = [&](int count) {
+    const int place = bytes;
+    bytes += (count + 15) / 16 * 16;
+    return place;
+  };
+  p.list.room = room;
+  p.list.in_device = in_device;
+  p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
+  p.list.notes = take(2 * static_cast<int>(sizeof(T)));
+  p.list.entries = take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
+  p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
+  p.merging = take(kPartialBytes * shape.threads * shape.cluster / 32);
+  p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
+  p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
+  return {blocks, shape.threads, shape.cluster, bytes};
+}
+
+template <typename T>
+cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& launch, const Params<T>& p,
+                   cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (plan.vectors && args.student_dtype == Dtype::Float)
+      return launch_rows<float>(plan.shape, plan.mode, launch, p, stream);
+    if (plan.vectors && args.student_dtype == Dtype::BFloat16)
+      return launch_rows<BFloat16>(plan.shape, plan.mode, launch, p, stream);
+    if (plan.vectors) return launch_rows<Half>(plan.shape, plan.mode, launch, p, stream);
   }
-  if (job.config.reduction == Reduction::None) return cudaGetLastError();
-  T* const loss = static_cast<T*>(job.loss);
-  T* const kd = static_cast<T*>(job.kd);
-  T* const ce = static_cast<T*>(job.ce);
-  const double kd_weight = job.config.kd_weight, ce_weight = job.config.ce_weight;
-  if (plan.sums == 1) {
-    if (p.counts && p.rows == 0) cudaMemsetAsync(plan.counts, 0, sizeof(unsigned), stream);
-    SORTKD_LAUNCH((sort_kd_reduce<T, T>), 1, kReduceThreads, kGroupBytes, stream, plan.kd, plan.ce, p.rows, p.counts,
-                  plan.sums, kd_weight, ce_weight, loss, kd, ce);
-  } else {
-    SORTKD_LAUNCH((sort_kd_sum<T>), plan.sums, kReduceThreads, kGroupBytes, stream, plan.kd, plan.ce, p.rows,
-                  plan.kd_sums, plan.ce_sums);
-    SORTKD_LAUNCH((sort_kd_reduce<double, T>), 1, kReduceThreads, kGroupBytes, stream, plan.kd_sums, plan.ce_sums,
-                  plan.sums, p.counts, plan.sums, kd_weight, ce_weight, loss, kd, ce);
-  }
-  return cudaGetLastError();
+  return launch_mixed<T>(plan.shape, plan.mode, launch, p, stream);
+}
+
+template <typename T>
+cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
+  const Plan<T> plan(args, scratch);
+  Params<T> p = plan.params(args);
+  if (p.rows == 0 && !p.reduced) return cudaSuccess;
+  if (plan.counters)
+    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, 1024, stream, args.target, p.rows, p.config.ignore_index,
+                  plan.counts);
+  const Shape& shape = plan.shape;
+  p.nonce = fresh_nonce();
+  p.ticket = p.reduced && !plan.overflows ? plan.ticket : nullptr;
+  p.cluster = shape.cluster;
+  while (1 << p.log_lanes < shape.lanes) ++p.log_lanes;
+  p.groups = plan.blocks / shape.cluster;
+  p.tiles = (p.rows + shape.rows - 1) / shape.rows;
+  p.overflow = plan.overflow;
+  const Launch on_rows = place_lists(shape, plan.blocks, plan.room, plan.entries, p);
+  const cudaError_t error = launch(plan, args, on_rows, p, stream);
+  if (error != cudaSuccess || !plan.overflows) return error;
+  p.ticket = p.reduced ? plan.ticket : nullptr;
+  p.partials_before = p.groups;
+  p.cluster = 1;
+  p.groups = plan.rest_blocks;
+  p.only_overflow = true;
+  p.power = 1;
+  const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
+  const Launch on_rest = place_lists(plan.rest, plan.rest_blocks, room, plan.rest_entries, p);
+  return launch_mixed<T>(plan.rest, Mode::General, on_rest, p, stream);
 }
 
 }  // namespace
 
-size_t scratch_bytes(const LossArgs& job) {
-  return job.acc_double() ? Plan<double>(job, nullptr).bytes : Plan<float>(job, nullptr).bytes;
+size_t scratch_bytes(const LossArgs& args) {
+  return args.acc_double() ? Plan<double>(args, nullptr).bytes : Plan<float>(args, nullptr).bytes;
 }
 
-int run_loss(const LossArgs& job, void* scratch, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  return job.acc_double() ? run<double>(job, scratch, stream) : run<float>(job, scratch, stream);
+int run_loss(const LossArgs& args, void* scratch, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  return args.acc_double() ? run<double>(args, scratch, on) : run<float>(args, scratch, on);
 }
 
 }  // namespace cuda

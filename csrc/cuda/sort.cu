@@ -1,118 +1,162 @@
-// The corrected teacher alone: every value copied once, those of the classes above the label moved by one. A block a
-// row.
-#include "access.cuh"
-#include "choices.h"
-#include "host.h"
-#include "order.cuh"
+// The corrected teacher alone, and a gradient times what came from above: each value is copied once.
+#include "list.cuh"
+#include "loss.h"
 
 namespace sortkd {
 namespace cuda {
 
-// `p` with the teacher on both sides and the result in the gradient's place.
+constexpr int kSortThreads = 512, kScaleThreads = 256;
+
+struct SortParams {
+  int64_t rows;
+  int C;
+  Correction correction;
+  const int64_t* target;
+  int64_t ignore_index;
+  ListPlaces list;  // in device memory for the rows that are marked; else those that need it are
+  uint8_t* overflow;
+};
+
+// A block a row. The class's values first as they are, then those of the list over them.
 template <typename X>
-__device__ __forceinline__ void corrected_row(const LossParams<Acc<X>>& p, Group& group, int64_t row) {
+SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& group, const X* in, X* out,
+                                 int64_t row) {
   using T = Acc<X>;
-  constexpr int kWidth = Vector<X>::kWidth;
-  const RowHead<T> head = read_head(p, row);
-  const Peeled<X> access(p, head, group);
-  int* const count = reinterpret_cast<int*>(group.shared + kGroupBytes);
-  Entry<T>* const shared = reinterpret_cast<Entry<T>*>(group.shared + kGroupBytes + kCounterBytes);
-  Entry<T>* const entries = reinterpret_cast<Entry<T>*>(p.entries + blockIdx.x * p.entry_bytes);
-  const Entry<T>* ordered = entries;
-  Entry<T> first = Entry<T>::last();
-  const int edge = access.edge_class();
-  T label_value = 0;
-  Count broken{0};
-  int n = 0;
-  if (group.member == 0) *count = 0;
-  __syncthreads();
-  if (head.counts) {
-    label_value = access.teacher_one(head.label);
-    const auto look = [&](bool held, T t, int c) {
-      broken.n += held && t != t;
-      append(entries, count, held && p.correction != Correction::None && t > label_value, t, c);
-    };
-    for (int k = 0; k < access.steps; ++k) {
-      const Vector<X> v = access.teacher_at(k);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) look(access.holds(k, i), v.get(i), access.class_of(k, i));
-    }
-    if (access.edges > 0) look(edge != kNotHeld, edge != kNotHeld ? access.teacher_one(edge) : T(0), edge);
-    broken = group.merged(broken);
-    __syncthreads();
-    n = broken.n ? 0 : *count;
-  }
-  if (n > 0 && p.correction == Correction::Sort) {
-    ordered = put_in_order(entries, entries + p.C, shared, p.shared_entries, n);
-    first = ordered[0];
-  } else if (n > 0) {
-    First<T> least{first};
-    for (int i = group.member; i < n; i += group.size) least.merge({entries[i]});
-    first = group.merged(least).entry;
+  const X* const from = in + row * p.C;
+  X* const to = out + row * p.C;
+  List<T, Kind::Block, true> list(p.list, group);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t label = p.target[row];
+  const bool counts = label != p.ignore_index;
+  assert((!counts || (label >= 0 && label < p.C)) && "a label is outside [0, C)");
+  const T label_value = counts ? widened(from[label]) : T(0);
+  list.clear();
+  bool broken = false;
+  for (int c = thread; c < p.C; c += threads) {
+    const X x = from[c];
+    const T value = widened(x);
+    broken |= value != value;
+    if (counts && p.correction != Correction::None && value > label_value) list.append(value, c);
+    to[c] = x;
   }
   // One NaN spoils the row, as it spoils the row's loss.
-  const X nan = narrowed<X>(std::numeric_limits<T>::quiet_NaN());
-  for (int k = 0; k < access.steps; ++k) {
-    Vector<X> v = access.teacher_at(k);
-    if (broken.n) v.fill(widened(nan));
-    access.store_at(k, v);
-  }
-  if (edge != kNotHeld) access.grad[edge] = broken.n ? nan : access.teacher[edge];
-  __syncthreads();
-  if (n == 0) return;
-  if (group.member == 0) access.store_one(head.label, first.value());
-  if (p.correction == Correction::Swap) {
-    if (group.member == 0) access.store_one(first.c(), label_value);
+  broken = __syncthreads_or(broken && counts);
+  const int n = *list.count();
+  if (broken) {
+    for (int c = thread; c < p.C; c += threads) to[c] = narrowed<X>(std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  for (int i = group.member; i < n; i += group.size)
-    access.store_one(ordered[i].c(), i + 1 < n ? ordered[i + 1].value() : label_value);
+  if (!p.list.in_device && p.overflow && thread == 0) p.overflow[row] = n > p.list.room;
+  if (n == 0 || n > p.list.room) return;
+  list.put_in_order(n);
+  __syncthreads();
+  if (thread == 0) to[label] = narrowed<X>(list[0].value());
+  if (p.correction == Correction::Swap) {
+    if (thread == 0) to[list[0].c()] = narrowed<X>(label_value);
+    return;
+  }
+  for (int at = thread; at < n; at += threads)
+    to[list[at].c()] = narrowed<X>(at + 1 < n ? list[at + 1].value() : label_value);
 }
 
 template <typename X>
-__global__ void __launch_bounds__(most_stream_threads(sizeof(Acc<X>) == 8), 1)
-    sort_kd_logits(const __grid_constant__ LossParams<Acc<X>> p) {
-  Group group = Group::of(static_cast<int>(blockDim.x), 1);
+__global__ void __launch_bounds__(kSortThreads)
+    sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
+  const Group<Kind::Block> group(0, 1);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    corrected_row<X>(p, group, row);
-    __syncthreads();  // the next row takes this one's shared and scratch memory
+    if (p.list.in_device && !p.overflow[row]) continue;
+    corrected_row(p, group, in, out, row);
+    __syncthreads();  // the next row takes this one's list
   }
+}
+
+// One number for all values, or one for each row of [outer, C, inner]; `span` = C * inner. The host need not know
+// whether the one number is 1, as in a plain loss.backward(): in place, that costs a launch and no traffic.
+template <typename X>
+__global__ void __launch_bounds__(kScaleThreads)
+    sort_kd_scale(const X* grad, X* scaled, const Acc<X>* grad_output, bool one, int64_t total, int64_t span,
+                  int64_t inner, bool vectors) {
+  using T = Acc<X>;
+  constexpr int W = kWidth<X>;
+  if (one && grad == scaled && *grad_output == T(1)) return;
+  const auto number = [&](int64_t i) { return one ? *grad_output : grad_output[i / span * inner + i % inner]; };
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, whole = vectors ? total / W : 0;
+  for (int64_t v = first; v < whole; v += step) {
+    T values[W];
+    unpack<X>(__ldcs(reinterpret_cast<const uint4*>(grad) + v), values);
+    // Within a row of neighbouring classes the number changes at most once.
+    const int64_t begin = v * W, next = one ? begin + W : (begin / span + 1) * span;
+    const T now = number(begin), then = next < begin + W ? number(next) : now;
+#pragma unroll
+    for (int i = 0; i < W; ++i) values[i] *= begin + i < next ? now : then;
+    reinterpret_cast<uint4*>(scaled)[v] = pack<X>(values);
+  }
+  for (int64_t i = whole * W + first; i < total; i += step) scaled[i] = narrowed<X>(widened(grad[i]) * number(i));
 }
 
 namespace {
 
 template <typename X>
-struct Plan {
-  StreamChoice stream;
-  char* entries;
-  size_t bytes;
-  Plan(const SortArgs& job, void* scratch) {
-    stream = choose_stream(job.rows, job.C, Vector<X>::kWidth, job.correction != Correction::None,
-                           sizeof(Entry<Acc<X>>), 0, processors());
-    Pieces pieces{static_cast<char*>(scratch)};
-    entries = pieces.take<char>(stream.blocks * stream.entry_bytes);
-    bytes = pieces.used;
+struct SortPlan {
+  int room, blocks, overflow_blocks;
+  int64_t list_bytes;
+  uint8_t* overflow = nullptr;
+  char* entries = nullptr;
+  size_t bytes = 0;
+  SortPlan(const SortArgs& args, void* scratch) {
+    const int64_t most = std::max<int64_t>(args.C - 1, 1),
+                  most_room = overrides.list_room ? overrides.list_room : kListRoom;
+    room = static_cast<int>(std::min(most, most_room));
+    blocks = static_cast<int>(std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 4, 1,
+                                                  std::max<int64_t>(args.rows, 1)));
+    list_bytes = 2 * most * static_cast<int64_t>(sizeof(Entry<Acc<X>>));
+    overflow_blocks = 0;
+    if (most <= room || args.correction == Correction::None) return;
+    overflow_blocks = static_cast<int>(std::clamp<int64_t>(kListBytes / list_bytes, 1, blocks));
+    overflow = static_cast<uint8_t*>(scratch);
+    bytes = (args.rows + 255) / 256 * 256;
+    entries = static_cast<char*>(scratch) + bytes;
+    bytes += overflow_blocks * list_bytes;
   }
 };
 
 template <typename X>
-cudaError_t run(const SortArgs& job, void* scratch, cudaStream_t stream) {
-  using T = Acc<X>;
-  const Plan<X> plan(job, scratch);
-  LossParams<T> p{};
-  p.rows = job.rows;
-  p.inner = 1;
-  p.C = static_cast<int>(job.C);
-  p.student = p.teacher = job.teacher;
-  p.grad_student = job.corrected;
-  p.target = job.target;
-  p.ignore_index = job.ignore_index;
-  p.correction = job.correction;
-  p.entries = plan.entries;
-  p.entry_bytes = plan.stream.entry_bytes;
-  p.shared_entries = plan.stream.shared_entries;
-  const size_t shared = kGroupBytes + kCounterBytes + plan.stream.shared_entries * sizeof(Entry<T>);
-  if (job.rows) SORTKD_LAUNCH((sort_kd_logits<X>), plan.stream.blocks, plan.stream.threads, shared, stream, p);
+cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
+  const SortPlan<X> plan(args, scratch);
+  if (args.rows == 0) return cudaSuccess;
+  const int threads =
+      overrides.threads ? overrides.threads : std::clamp(power_of_two_over(ceil_div(args.C, 8)), 64, kSortThreads);
+  SortParams p{args.rows,    static_cast<int>(args.C), args.correction,
+               args.target,  args.ignore_index,        {0, 16, 16, 0, 0, plan.room, nullptr},
+               plan.overflow};
+  const auto launch = [&](int blocks, size_t shared_bytes) {
+    SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p, static_cast<const X*>(args.teacher),
+                  static_cast<X*>(args.corrected));
+  };
+  launch(plan.blocks, 16 + plan.room * sizeof(Entry<Acc<X>>));
+  if (plan.overflow_blocks) {
+    p.list.in_device = plan.entries;
+    p.list.room = static_cast<int>(args.C - 1);
+    launch(plan.overflow_blocks, 16 + histogram_bytes(threads));
+  }
+  return cudaGetLastError();
+}
+
+template <typename X>
+cudaError_t scale(const ScaleArgs& args, cudaStream_t stream) {
+  const int64_t span = args.layout.C * args.layout.inner, total = args.layout.outer * span;
+  if (total == 0) return cudaSuccess;
+  const bool one = args.grad_output_stride == 0;
+  const auto past = (reinterpret_cast<uintptr_t>(args.grad) | reinterpret_cast<uintptr_t>(args.scaled)) % 16;
+  // Two rows at most in a vector, and neighbouring classes in it.
+  const bool vectors = past == 0 && (one || (args.layout.inner == 1 && span >= kWidth<X>));
+  const int64_t needed = (total + kScaleThreads * kWidth<X> - 1) / (kScaleThreads * kWidth<X>);
+  const auto blocks =
+      std::min<int64_t>(needed, overrides.blocks ? overrides.blocks : device().processors * kScaleBlocks);
+  SORTKD_LAUNCH((sort_kd_scale<X>), static_cast<unsigned>(blocks), kScaleThreads, 0, stream,
+                static_cast<const X*>(args.grad), static_cast<X*>(args.scaled),
+                static_cast<const Acc<X>*>(args.grad_output), one, total, span, args.layout.inner, vectors);
   return cudaGetLastError();
 }
 
@@ -126,13 +170,17 @@ auto with_dtype(Dtype dtype, F&& f) {
 
 }  // namespace
 
-size_t scratch_bytes(const SortArgs& job) {
-  return with_dtype(job.dtype, [&](auto x) { return Plan<decltype(x)>(job, nullptr).bytes; });
+size_t scratch_bytes(const SortArgs& args) {
+  return with_dtype(args.dtype, [&](auto x) { return SortPlan<decltype(x)>(args, nullptr).bytes; });
 }
 
-int run_sort(const SortArgs& job, void* scratch, void* stream_) {
-  const auto stream = static_cast<cudaStream_t>(stream_);
-  return with_dtype(job.dtype, [&](auto x) { return run<decltype(x)>(job, scratch, stream); });
+int run_sort(const SortArgs& args, void* scratch, void* stream) {
+  return with_dtype(args.dtype,
+                    [&](auto x) { return sort<decltype(x)>(args, scratch, static_cast<cudaStream_t>(stream)); });
+}
+
+int run_scale(const ScaleArgs& args, void* stream) {
+  return with_dtype(args.dtype, [&](auto x) { return scale<decltype(x)>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace cuda

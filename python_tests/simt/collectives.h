@@ -97,6 +97,16 @@ inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::Site
   return simt::ballot("__all_sync", mask, predicate, site) == mask;
 }
 
+// The lanes whose value is this one's.
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, simt::Site site = simt::Site::current()) {
+  simt::meet("__match_any_sync", mask, static_cast<uint64_t>(value), site);
+  unsigned same = 0;
+  for (uint32_t lane = 0; lane < simt::kWarp; ++lane)
+    if (mask >> lane & 1 && simt::taken_from(lane) == static_cast<uint64_t>(value)) same |= 1u << lane;
+  return same;
+}
+
 inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site::current()) {
   simt::meet("__syncwarp", mask, 0, site);
 }

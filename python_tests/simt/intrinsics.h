@@ -37,6 +37,18 @@ T atomicAdd(T* p, T value) {
   return before;
 }
 template <typename T>
+T atomicOr(T* p, T value) {
+  const T before = *p;
+  *p |= value;
+  return before;
+}
+template <typename T>
+T atomicCAS(T* p, T expected, T value) {
+  const T before = *p;
+  if (before == expected) *p = value;
+  return before;
+}
+template <typename T>
 T atomicMax(T* p, T value) {
   const T before = *p;
   if (value > before) *p = value;
@@ -47,6 +59,7 @@ inline void __threadfence_block() {}
 
 [[noreturn]] inline void __trap() { simt::fail("__trap"); }
 
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 using std::max;

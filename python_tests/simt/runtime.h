@@ -15,6 +15,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxThreadsPerMultiProcessor,
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrL2CacheSize,
+  cudaDevAttrComputeCapabilityMajor,
 };
 
 namespace simt {
@@ -46,6 +48,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(simt::settings.shared_opt_in); break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 1536; break;
     case cudaDevAttrMultiProcessorCount: *value = simt::settings.multiprocessors; break;
+    case cudaDevAttrL2CacheSize: *value = 4 << 20; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
   }
   return cudaSuccess;
 }

@@ -1,0 +1,197 @@
+// The list of a row: the classes above its label, and of a top-k teacher the k. In shared memory; in device memory
+// where they are more than it holds.
+#pragma once
+
+#include "group.cuh"
+
+namespace sortkd {
+namespace cuda {
+
+// A class and its value, smaller where it comes first: value descending, then class ascending. No two are equal.
+template <typename T>
+struct Entry;
+
+template <>
+struct Entry<float> {
+  uint64_t word;
+  static SORTKD_DEVICE Entry of(float value, int c) {
+    return {static_cast<uint64_t>(descending_key(value)) << 32 | static_cast<unsigned>(c)};
+  }
+  SORTKD_DEVICE uint32_t key() const { return static_cast<uint32_t>(word >> 32); }
+  SORTKD_DEVICE float value() const { return __uint_as_float(key() >> 31 ? key() : ~key() & 0x7fffffffu); }
+  SORTKD_DEVICE int c() const { return static_cast<int>(word); }
+  SORTKD_DEVICE bool before(const Entry& other) const { return word < other.word; }
+  // The class with another number in the value's place, as it is.
+  SORTKD_DEVICE Entry with(float number) const {
+    return {static_cast<uint64_t>(__float_as_uint(number)) << 32 | static_cast<uint32_t>(word)};
+  }
+  SORTKD_DEVICE float number() const { return __uint_as_float(key()); }
+};
+
+template <>
+struct Entry<double> {
+  uint64_t key, index;
+  static SORTKD_DEVICE Entry of(double value, int c) { return {descending_key(value), static_cast<uint64_t>(c)}; }
+  SORTKD_DEVICE double value() const {
+    return __longlong_as_double(static_cast<long long>(key >> 63 ? key : ~key & 0x7fffffffffffffffull));
+  }
+  SORTKD_DEVICE int c() const { return static_cast<int>(index); }
+  SORTKD_DEVICE bool before(const Entry& other) const {
+    return key < other.key || (key == other.key && index < other.index);
+  }
+  SORTKD_DEVICE Entry with(double number) const { return {static_cast<uint64_t>(__double_as_longlong(number)), index}; }
+  SORTKD_DEVICE double number() const { return __longlong_as_double(static_cast<long long>(key)); }
+};
+
+// A bitonic network of comparisons that all put the smaller entry first: places beyond n hold infinity, which never
+// moves.
+template <typename T, typename G>
+SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
+  const int member = group.list_member(), size = group.list_size();
+  const auto exchange = [&](int low, int high) {
+    if (high >= n) return;
+    const Entry<T> a = entries[low], b = entries[high];
+    if (b.before(a)) entries[low] = b, entries[high] = a;
+  };
+#pragma unroll 1
+  for (int run = 1; group.any(run < n); run *= 2) {
+#pragma unroll 1
+    for (int i = member; i < n; i += size)
+      if (!(i & run)) exchange(i, i ^ (2 * run - 1));
+    group.list_sync();
+#pragma unroll 1
+    for (int distance = run / 2; distance >= 1; distance /= 2) {
+#pragma unroll 1
+      for (int i = member; i < n; i += size)
+        if (!(i & distance)) exchange(i, i + distance);
+      group.list_sync();
+    }
+  }
+}
+
+constexpr int kDigits = 256;
+constexpr int histogram_bytes(int threads) { return (threads / 32 + 1) * kDigits * static_cast<int>(sizeof(int)); }
+
+// A radix sort from the last digit, by a block: each warp keeps the order within a stretch of its own. Digits that all
+// entries share, as most are of halves and of few classes, move nothing. Returns where the entries are in order.
+SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to, int n, int* histogram) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), warps = threads / 32;
+  const int warp = thread / 32, lane = thread % 32;
+  const int stretch = (n + threads - 1) / threads * 32, begin = min(n, warp * stretch), end = min(n, begin + stretch);
+  int* const mine = histogram + (warp + 1) * kDigits;
+#pragma unroll 1
+  for (int shift = 0; shift < 64; shift += 8) {
+    const auto digit_of = [&](const Entry<float>& e) { return static_cast<int>(e.word >> shift & (kDigits - 1)); };
+#pragma unroll 1
+    for (int i = thread; i < (warps + 1) * kDigits; i += threads) histogram[i] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = begin + lane; i < end; i += 32) atomicAdd(mine + digit_of(from[i]), 1);
+    __syncthreads();
+    bool shared = false;
+#pragma unroll 1
+    for (int digit = thread; digit < kDigits; digit += threads) {
+      int before = 0;
+      for (int w = 1; w <= warps; ++w) {
+        const int counted = histogram[w * kDigits + digit];
+        histogram[w * kDigits + digit] = before;
+        before += counted;
+      }
+      histogram[digit] = before;
+      shared |= before == n;
+    }
+    if (__syncthreads_or(shared)) continue;
+    if (warp == 0) {
+      int own = 0;
+      for (int d = 0; d < kDigits / 32; ++d) own += histogram[lane * (kDigits / 32) + d];
+      int before = own;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int lower = __shfl_up_sync(kFullMask, before, distance);
+        if (lane >= distance) before += lower;
+      }
+      before -= own;
+      for (int d = 0; d < kDigits / 32; ++d) {
+        int& place = histogram[lane * (kDigits / 32) + d];
+        const int counted = place;
+        place = before;
+        before += counted;
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = begin; i < end; i += 32) {
+      const bool held = i + lane < end;
+      const Entry<float> e = held ? from[i + lane] : Entry<float>{};
+      const int digit = held ? digit_of(e) : kDigits;
+      const unsigned peers = __match_any_sync(kFullMask, digit);
+      const int before = __popc(peers & ((1u << lane) - 1));
+      if (held) to[histogram[digit] + mine[digit] + before] = e;
+      __syncwarp();
+      if (held && before == 0) mine[digit] += __popc(peers);
+      __syncwarp();
+    }
+    __syncthreads();
+    Entry<float>* const ordered = to;
+    to = from;
+    from = ordered;
+  }
+  return from;
+}
+
+// Where the launch has put the lists: pointers would take registers.
+struct ListPlaces {
+  int counts, entries, histogram, notes,
+      present;      // bytes from the start of shared memory; of a top-k teacher `present`
+  int room;         // entries of a list
+  char* in_device;  // for each block two lists, in place of those in shared memory; or null
+};
+
+template <typename T, Kind kind, bool kMayBeInDevice>
+struct List {
+  const ListPlaces& places;
+  const Group<kind>& group;
+  Entry<T>* in_device;
+
+  SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group)
+      : places(places), group(group), in_device(nullptr) {
+    if (kMayBeInDevice && places.in_device) in_device = halves();
+  }
+  SORTKD_DEVICE Entry<T>* halves() const {
+    return reinterpret_cast<Entry<T>*>(places.in_device) + 2 * static_cast<int64_t>(blockIdx.x) * places.room;
+  }
+  SORTKD_DEVICE int* count() const { return reinterpret_cast<int*>(shared_memory() + places.counts) + group.slot; }
+  SORTKD_DEVICE Entry<T>* entries() const {
+    if (kMayBeInDevice && in_device) return in_device;
+    return reinterpret_cast<Entry<T>*>(shared_memory() + places.entries) + group.slot * places.room;
+  }
+  SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
+
+  // Before any thread appends.
+  SORTKD_DEVICE void clear() const {
+    if (group.keeps_list() && group.list_member() == 0) *count() = 0;
+    group.sync();
+  }
+  // Beyond its room the list only counts.
+  SORTKD_DEVICE void append(T value, int c) const {
+    const bool remote = group.blocks() > 1;
+    const int at = atomicAdd(remote ? in_block(count(), 0) : count(), 1);
+    if (at < places.room) (remote ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
+  }
+  SORTKD_DEVICE int counted() const {
+    return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0);
+  }
+  // By all threads that keep the list.
+  SORTKD_DEVICE void put_in_order(int n) {
+    if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {
+      if (in_device) {
+        Entry<T>* const spare = in_device == halves() ? halves() + places.room : halves();
+        in_device = sort_by_digits(in_device, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram));
+        return;
+      }
+    }
+    sort_by_exchanges(entries(), n, group);
+  }
+};
+
+}  // namespace cuda
+}  // namespace sortkd

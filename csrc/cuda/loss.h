@@ -1,0 +1,88 @@
+// What the row kernels are launched with, and their launchers by the source that they are compiled in.
+#pragma once
+
+#include "choices.h"
+#include "list.cuh"
+
+namespace sortkd {
+namespace cuda {
+
+// What the passes over a row compute: KD; KD and the cross-entropy at temperatures 1, 2 and 4, where exp(s) = exp(s /
+// T)^T; or any temperature, z-scores, and the temperature's gradient.
+enum class Mode { Kd, KdCe, General };
+
+template <typename T>
+struct Params {
+  int64_t rows, inner;
+  int C;
+  Dtype student_dtype, teacher_dtype;  // for rows whose dtype is known to the call alone
+  const void* student;
+  const void* teacher;
+  const int64_t* teacher_indices;
+  int k;
+  void* grad;
+  int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
+  int shift;         // classes from a multiple of 16 bytes to the first row
+  const int64_t* target;
+  const T* temperature;  // or null: temperature_value
+  int temperature_stride;
+  T temperature_value, inverse_temperature;
+  const T* grad_output;
+  int grad_output_stride;
+  T* grad_temperature;
+  int32_t* rank;
+
+  LossConfig config;
+  double beta;
+  bool decoupled, with_ce, moments;
+  int power;  // of the exponential at temperature 1, for Mode::KdCe
+
+  // Lanes a row (Kind::Lanes); blocks a row (Kind::Block); blocks or clusters of the grid; how many of their turns take
+  // all rows.
+  int log_lanes, cluster, groups;
+  int64_t tiles;
+  ListPlaces list;
+  int totals, merging;  // as the lists' places
+  // Rows with more entries than there is room for, marked for a launch of their own, or the rows of that launch.
+  uint8_t* overflow;
+  bool only_overflow;
+
+  // Results: [rows], or [1] where the rows are reduced.
+  bool reduced, mean;
+  T *loss, *kd, *ce;
+  const unsigned* counts;  // rows that count, by the block that counted; null: each block counts them itself
+  int count_blocks;
+  double* partials;                   // [partials_all][2]: sums of kd and ce, by block
+  int partials_before, partials_all;  // blocks of the launches before, and of all
+  unsigned long long* ticket;         // of the last launch, else null
+  unsigned long long nonce;
+};
+
+// How the kernels share a call's rows.
+struct Launch {
+  int blocks, threads, cluster, shared_bytes;
+};
+
+// A call's ticket: its number, and in so many bits the blocks that have ended.
+constexpr int kTicketBits = 24;
+
+// Of a block, in shared memory: registers are short. The sums over a slot's rows, kept by the row's first thread.
+struct Totals {
+  double kd, ce;
+};
+
+const Device& device();
+// Whether what runs here has been compiled for an architecture with clusters: a later one may run older code.
+bool compiled_for_clusters();
+
+// X: float, BFloat16, Half.
+template <typename X>
+cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p,
+                        cudaStream_t stream);
+
+// Any dtypes and layouts; T: float, double.
+template <typename T>
+cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, const Params<T>& p, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace sortkd

@@ -1,0 +1,7 @@
+#include "row.cuh"
+
+namespace sortkd {
+namespace cuda {
+template cudaError_t launch_rows<Half>(const Shape&, Mode, const Launch&, const Params<float>&, cudaStream_t);
+}  // namespace cuda
+}  // namespace sortkd
