@@ -57,10 +57,10 @@ CUDA = (
 )
 # The classes of the row and its dtype, then as above.
 TRITON = (
-    (1000, "float32", Limits("sort_kd_tile", 4, 1000 / 32, 255, 3500, 60, 2.5, 16)),
-    (1000, "bfloat16", Limits("sort_kd_tile", 2, 1000 / 32, 255, 3500, 60, 2.5, 8)),
-    (32000, "float32", Limits("sort_kd_stream", 4, 0, 128, 10000, 0, 0, 4)),
-    (32000, "bfloat16", Limits("sort_kd_stream", 2, 0, 128, 10000, 0, 0, 4)),
+    (1000, "float32", Limits("sort_kd_short_rows", 4, 1000 / 32, 136, 3600, 50, 2.5, 16)),
+    (1000, "bfloat16", Limits("sort_kd_short_rows", 2, 1000 / 32, 136, 3900, 60, 2.5, 8)),
+    (32000, "float32", Limits("sort_kd_long_rows", 4, 0, 128, 3600, 0, 0, 4)),
+    (32000, "bfloat16", Limits("sort_kd_long_rows", 2, 0, 128, 3600, 0, 0, 2)),
 )
 
 

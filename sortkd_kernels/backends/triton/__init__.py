@@ -1,27 +1,20 @@
-"""The Triton backend: the native kernels' algorithm for CUDA and ROCm, and for CPU tensors under Triton's interpreter.
+"""The Triton backend: CUDA, ROCm, and CPU tensors under Triton's interpreter.
 
-| file          | concept                                                         |
-|---------------|-----------------------------------------------------------------|
-| `loss.py`     | the loss and its gradient: shapes, pointers, launches           |
-| `logits.py`   | the corrected teacher alone                                     |
-| `tile.py`     | rows that fit on chip                                           |
-| `stream.py`   | rows that do not, and rows whose label ranks low                |
-| `rotate.py`   | the correction in registers, for small ranks                    |
-| `order.py`    | the correction by sorting, for all others                       |
-| `sums.py`     | the sums of a row                                               |
-| `terms.py`    | from sums to loss terms and the coefficients of the gradient    |
-| `rows.py`     | the beginning of a row: addresses, label, temperature, weight   |
-| `epilogue.py` | the end of a row: weights, gradient                             |
-| `dense.py`    | a top-k teacher's row                                           |
-| `reduce.py`   | from rows to scalars, and the gradient's rescaling              |
-| `layout.py`   | tensors as rows, by strides                                     |
-| `launch.py`   | every launch choice, with its reason                            |
-| `offline.py`  | the launches compiled, on a machine without a GPU               |
+| file            | concept                                                                        |
+|-----------------|--------------------------------------------------------------------------------|
+| `launch.py`     | the three functions: memory and launches                                       |
+| `choices.py`    | logits of any layout as rows, and what is launched for them, with the reasons  |
+| `short_rows.py` | the loss of rows that fit in registers                                         |
+| `long_rows.py`  | of rows that do not, and of those whose label ranks low                        |
+| `logits.py`     | the corrected teacher alone                                                    |
+| `order.py`      | the classes above a label, sorted                                              |
+| `row_math.py`   | a row's sums, loss terms and gradient                                          |
+| `row_io.py`     | a row's place in memory, its label, the sum of all rows' terms                 |
+| `offline.py`    | the launches compiled on a machine without a GPU                               |
 """
 
 from __future__ import annotations
 
-from .logits import sort_logits
-from .loss import loss_forward, scale_gradient
+from .launch import loss_forward, scale_gradient, sort_logits
 
 __all__ = ["loss_forward", "scale_gradient", "sort_logits"]

@@ -1,145 +1,198 @@
-"""The launch choices of the Triton kernels, each with its reason. Nothing else in the backend holds such a number.
-
-No GPU has timed them: they follow from the register file and from what the compiled kernels show (gpu_static.md).
-"""
+"""The backend's functions: look the plan up, allocate what the call returns, launch. Nothing is read back."""
 
 from __future__ import annotations
 
 import functools
-import os
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
+from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from . import choices
+from .row_io import COUNT_LABELS, COUNTERS, MAX_GROUPS, SUM_COUNTS
 
-# Labels outside the classes are asserted on the device, as F.cross_entropy does. Triton's debug mode would also check
-# every integer addition for overflow, which the kernels do not want.
-DEVICE_ASSERT = {"debug": True, "sanitize_overflow": False}
-
-# The most classes of a row held in registers. Of 16384 both sides are half of an SM's register file, and the rest is
-# too little for their exponentials: sm_80 and sm_100 spill. Doubles take twice the room, and so do the further sums of
-# a z-score or of a temperature's gradient.
-ON_CHIP_CLASSES = {torch.float32: 8192, torch.float64: 4096}
-
-# A rank that the row's own program settles, one reduction a step. Trained teachers stay below it on nearly all rows.
-SHALLOW_RANK = 8
-
-# A sorted run: 55 compare stages. The network of 4096 keys has 78, takes four times the code and three seconds to
-# compile, and merging is as cheap. Small runs, which most are, have a network of 21 stages. The interpreter pays
-# milliseconds of Python for each stage.
-RUN = 32 if INTERPRETED else 1024
-SMALL_RUN = 16 if INTERPRETED else 64
-
-# Classes that a streaming program takes at a time: 8 values a lane with 8 warps, or 4 doubles.
-CLASS_BLOCK = 2048
-
-# Rows that a block of the small kernels takes at a time.
-ROW_BLOCK = 1024
-
-# Rows of one launch where each has a run of scratch to itself: 32 MiB of keys.
-ROWS_A_LAUNCH = 4096
-
-# Scratch of a launch whose programs hold a whole row's keys: a row on each of 132 SMs up to C = 65536.
-SCRATCH_BYTES = 128 << 20
+# Counters that each call leaves at zero, by device and stream: calls of one stream follow each other.
+_TICKETS: dict[tuple[int | None, int], Tensor] = {}
+# For captured calls, whose graph may be replayed on any stream: each has counters that no other call uses.
+_SPARE: dict[int | None, list[Tensor]] = {}
+_BLOCKS: list[Tensor] = []  # what the counters lie in is never given back: a graph does not hold its tensors
 
 
-class Tile(NamedTuple):
-    """Rows and (padded) classes of a program of `sort_kd_tile`, and its options."""
-
-    rows: int
-    classes: int
-    options: dict[str, int]
-
-
-class Stream(NamedTuple):
-    """A launch of `sort_kd_stream`: programs, keys for each of them in so many buffers, block, run, options."""
-
-    programs: int
-    capacity: int
-    buffers: int
-    block: int
-    run: int
-    stride_rows: bool
-    options: dict[str, int]
-
-
-class Span(NamedTuple):
-    """How row terms are summed: by ``programs`` programs of ``span`` rows each, then by one."""
-
-    programs: int
-    span: int
-
-
-def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run on the device of the first argument: Triton launches on the current one, whatever its tensors are on."""
 
     @functools.wraps(function)
-    def wrapper(first: torch.Tensor, *args: Any, **keywords: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *args, **keywords)
+    def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        index = first.device.index
+        if index is None or index == torch.cuda.current_device():
+            return function(first, *arguments, **keywords)
+        with torch.cuda.device(index):
+            return function(first, *arguments, **keywords)
 
     return wrapper
 
 
-def on_chip(C: int, work: torch.dtype, moments: bool) -> bool:
-    """Whether `sort_kd_tile` takes rows of C classes."""
-    return ON_CHIP_CLASSES[work] // (2 if moments else 1) >= C
+@_on_device_of_first
+def loss_forward(
+    student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature_tensor: Tensor | None, config: Any, grad_output: Tensor | None, grad_student: bool,
+    grad_temperature: bool, inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss of :func:`sortkd_kernels.reference.loss_rows`, reduced, and its gradients.
 
+    Args:
+        student, teacher: logits ``[..., C]`` of any strides; a top-k teacher's values ``[..., k]``.
+        teacher_indices: the classes of these values, or None.
+        target: labels ``[...]``.
+        temperature_tensor: 0-d or one value a row; takes the place of ``config.temperature``.
+        config: the options of the call, a `LossConfig`.
+        grad_output: the gradient that reaches the loss, a scalar or one value a row; None stands for 1. It multiplies
+            in the working precision, before the gradient's one rounding.
+        grad_student, grad_temperature: which gradients to make.
+        inplace: write the student's gradient over ``student``.
 
-def tile(C: int, neighbours: bool, work: torch.dtype, moments: bool) -> Tile:
-    """The tile of `sort_kd_tile`.
-
-    A warp takes 1024 values: every lane does the arithmetic of a row's end, so the fewer lanes a row has, the fewer
-    instructions; 32 values a lane of both sides leave room for the exponentials. Doubles take twice the registers, and
-    so do the further sums, each with half the values. Of short rows a warp takes a quarter of that, as a lane then
-    holds the scalars of several rows too. Where rows are neighbours in memory in place of classes (``[N, C, H, W]``), a
-    tile needs enough of them, or each 32-byte sector is read for one value: 32 rows give each lane of a warp its own.
+    Returns:
+        ``loss, kd, ce, rank, grad_student, grad_temperature``; what is not asked for has shape ``[0]``.
+        ``grad_student`` has the strides of ``torch.empty_like(student)``, ``grad_temperature`` one value a row.
     """
-    values = 1024 // (2 if work == torch.float64 else 1) // (2 if moments else 1)
-    classes = max(16, triton.next_power_of_2(C))
-    rows = max(1, values // 4 // classes)
-    if neighbours:
-        rows = max(rows, min(32, ON_CHIP_CLASSES[work] // (2 if moments else 1) // classes))
-    options = {"num_warps": max(1, min(16, rows * classes // values))}
-    if work == torch.float64 and torch.version.hip is None:
-        # Without a limit of our own the compiler sets itself one of 128 on sm_100 and spills; 8 warps may have 255.
-        options["maxnreg"] = 255
-    return Tile(rows, classes, options)
+    device = student.device
+    C, N, k = student.shape[-1], target.numel(), 0
+    if teacher_indices is not None:
+        k = teacher.shape[-1]
+        teacher, teacher_indices = teacher.contiguous(), teacher_indices.contiguous()
+    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    reduction, parts, new = config.reduction, config.parts, student.new_empty
+    shape = target.shape if reduction == 0 else ()
+    gradient = new(0)
+    if grad_student:
+        gradient = student if inplace else torch.empty_like(student)
+    general = temperature_tensor is not None or config.standardize or work == torch.float64
+    ce = -1 if general or (config.with_ce and config.temperature not in (1, 2, 4)) else 0
+    if config.with_ce and not ce:
+        ce = int(config.temperature)
+    plan = choices.plan(
+        student.shape, (student.stride(), teacher.stride(), (gradient if grad_student else student).stride()),
+        (student.dtype, teacher.dtype), k, ce, general, config.correction, reduction == 2,
+        (student.data_ptr() % 16 == 0, teacher.data_ptr() % 16 == 0), device,
+    ) if N else None  # fmt: skip
+    if N and plan is None:  # no two strides walk these rows
+        *results, made, by_temperature = loss_forward(
+            student.contiguous(), teacher.contiguous(), teacher_indices, target, temperature_tensor, config,
+            grad_output, grad_student, grad_temperature,
+        )  # fmt: skip
+        return *results, gradient.copy_(made) if grad_student else made, by_temperature
+
+    loss = new(shape, dtype=work)
+    kd, cross_entropy = (new(shape if parts else 0, dtype=work) for _ in range(2))
+    rank = new(target.shape if parts else 0, dtype=torch.int32)
+    by_temperature = new(N if grad_temperature else 0, dtype=work)
+    results = loss, kd, cross_entropy, rank, gradient, by_temperature
+    if plan is None:
+        for value in results[: 3 if parts else 1]:
+            value.fill_(math.nan if reduction == 2 else 0.0)
+        return results
+    tickets = _tickets(device)
+    slots, counts, ranks, mean = loss, tickets, rank, 0
+    if reduction:
+        slots = new((2 if ce else 1) * N + 2 * MAX_GROUPS.value, dtype=work)
+    if plan.listed is not None and not parts:
+        ranks = new(N, dtype=torch.int32)
+    target = target.contiguous()
+    if reduction == 2:
+        mean = COUNT_LABELS.value
+        if plan.count is not None:
+            mean, counts = SUM_COUNTS.value, new(COUNTERS.value, dtype=torch.int32)
+            plan.count((target, counts), (N, config.ignore_index))
+    # A pointer that a kernel does not use is one of the right dtype: another would be another kernel.
+    pointers = (
+        student, teacher, target, loss if temperature_tensor is None else temperature_tensor.contiguous(),
+        loss if grad_output is None else grad_output.contiguous(), gradient if grad_student else student,
+        by_temperature, loss, kd, cross_entropy, ranks, slots, tickets, counts,
+    )  # fmt: skip
+    decoupled = config.beta is not None
+    rows = plan.rows
+    numbers = (
+        N, rows.inner, *rows.strides, _row_stride(temperature_tensor), _row_stride(grad_output), config.ignore_index,
+        max(choices.GROUP_BITS, (-(-N // MAX_GROUPS.value) - 1).bit_length()), reduction, mean, int(parts),
+        int(parts or plan.listed is not None), int(grad_student), int(grad_temperature), config.correction,
+        plan.max_rank, int(decoupled), int(config.standardize), config.temperature, config.kd_weight,
+        config.alpha if decoupled else 1.0, config.beta_of(C) if decoupled else 0.0, config.ce_weight,
+    )  # fmt: skip
+    for launch, scratch in zip((plan.first, plan.listed), plan.scratch, strict=True):
+        if launch is None:
+            continue
+        if scratch is None:
+            launch(pointers, numbers)
+            continue
+        keys = new(scratch.keys, dtype=torch.int64)
+        dense = new(scratch.dense, dtype=work) if k else loss
+        indices = teacher_indices if k else keys
+        launch((*pointers, indices, keys, dense), (*numbers, C, k, int(config.uniform_tail), scratch.capacity))
+    return results
 
 
-def stream(N: int, C: int, work: torch.dtype, every_rank: bool, top_k: bool, device: torch.device) -> Stream:
-    """A launch of `sort_kd_stream`; with ``every_rank`` its programs have room for all classes of a row."""
-    values = 32 * (4 if work == torch.float64 else 8)
-    block = min(CLASS_BLOCK * values // 256, max(64, triton.next_power_of_2(C)))
-    warps = max(1, block // values)
-    run = min(RUN, block)
-    capacity = C if every_rank else min(C, RUN)
-    buffers = (2 if capacity > run else 1) + (1 if work == torch.float64 else 0)
-    stride_rows = every_rank or top_k
-    programs = min(N, ROWS_A_LAUNCH)
-    if stride_rows:
-        program_bytes = 8 * capacity * buffers + (work.itemsize * C if top_k else 0)
-        programs = min(N, 32 // warps * _processors(device), max(1, SCRATCH_BYTES // program_bytes))
-    options = {"num_warps": warps}
-    if torch.version.hip is None:
-        # Two programs of 8 warps on an SM, so that one computes while the other's loads are under way; at 96 registers
-        # the sort spills. In a loop over rows its addresses stay in registers from row to row, up to 219 of them, and
-        # without a limit of our own the compiler sets itself one of 128 on sm_90 and spills.
-        options["maxnreg"] = 255 if stride_rows or work == torch.float64 else 128
-    return Stream(programs, capacity, buffers, block, run, stride_rows, options)
+@_on_device_of_first
+def scale_gradient(grad_student: Tensor, grad_output: Tensor) -> Tensor:
+    """Multiply a gradient in place by a scalar, 1 of which costs no traffic, or by one value a row.
+
+    Args:
+        grad_student: a gradient that :func:`loss_forward` made, ``[..., C]``.
+        grad_output: 0-d, or one value a row ``[...]``.
+    """
+    if grad_output.dim() or not grad_student.numel():
+        return grad_student.mul_(grad_output.unsqueeze(-1))
+    device, total = grad_student.device, grad_student.numel()
+    launch = choices.scale(total, grad_student.dtype, grad_student.data_ptr() % 16 == 0, device)
+    launch((grad_student, grad_output), (total,))
+    return grad_student
 
 
-def reduction(N: int) -> Span:
-    """One program up to 8192 rows, a few microseconds of latency; else two stages, first at most 256 programs."""
-    if N <= 8 * ROW_BLOCK:
-        return Span(1, triton.cdiv(max(N, 1), ROW_BLOCK) * ROW_BLOCK)
-    span = triton.cdiv(triton.cdiv(N, 256), ROW_BLOCK) * ROW_BLOCK
-    return Span(triton.cdiv(N, span), span)
+@_on_device_of_first
+def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: int) -> Tensor:
+    """:func:`sortkd_kernels.reference.correct_logits` along the last dimension, in a new contiguous tensor.
+
+    Args:
+        teacher: logits ``[..., C]``.
+        target: labels ``[...]``; rows of ``ignore_index`` are returned as they are.
+        correction: 0 none, 1 sort, 2 swap.
+    """
+    device = teacher.device
+    N, C = target.numel(), teacher.shape[-1]
+    corrected = torch.empty_like(teacher, memory_format=torch.contiguous_format)
+    if not N:
+        return corrected
+    logits = teacher.reshape(N, C)
+    rank = torch.empty(N, dtype=torch.int32, device=device)
+    for listed in (False, True)[: 1 + (correction != 0 and choices.COUNTED.value < C - 1)]:
+        launch, scratch = choices.logits_plan(N, C, teacher.dtype, listed, logits.data_ptr() % 16 == 0, device)
+        keys = torch.empty(scratch.keys, dtype=torch.int64, device=device)
+        launch(
+            (logits, target.contiguous(), corrected, rank, keys),
+            (N, C, *logits.stride(), ignore_index, correction, choices.COUNTED.value, scratch.capacity),
+        )
+    return corrected
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+def _tickets(device: torch.device) -> Tensor:
+    """Zeroed counters for a call on the current stream."""
+    index = device.index
+    spare = _SPARE.setdefault(index, [])
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return spare.pop() if spare else torch.zeros(1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    tickets = _TICKETS.get((index, stream))
+    if tickets is None or not spare:
+        block = torch.zeros(64, 1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
+        _BLOCKS.append(block)
+        spare.extend(block)
+        tickets = _TICKETS.setdefault((index, stream), spare.pop())
+    return tickets
+
+
+def _row_stride(values: Tensor | None) -> int:
+    """The step from row to row of an argument that may be one value for all, or -1 where there is none."""
+    return -1 if values is None else min(values.dim(), 1)

@@ -1,11 +1,12 @@
-"""The launches of the public functions, compiled on a machine without a GPU.
+"""The backend's launches compiled on a machine without a GPU, for what the compiled form shows.
 
-They are recorded, on tensors that nobody touches, and compiled as the JIT would compile them. What the compiled form
-shows is for `benchmarks/gpu_static.py` to read.
+They are recorded, on tensors that nobody touches, and compiled as the JIT would compile them, so Triton must not
+interpret in this process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,130 +14,90 @@ from torch import Tensor
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
 
-from . import launch
-from .logits import sort_logits
-from .loss import loss_forward, scale_gradient
+from . import choices
+from .launch import loss_forward, scale_gradient, sort_logits
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_KINDS = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
+_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
           torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A training step's calls: one loss with its gradient, one rescaling and one correction alone.
-
-    Attributes:
-        C: the number of classes.
-        dtype, teacher: of the student, and of the teacher where it differs.
-        every_sum: DKD, z-score and a temperature a row with its gradient, in place of KD.
-        temperature: 1, 2 and 4 save an exponential.
-        correction: 0 none, 1 sort, 2 swap.
-        top_k: the classes that the teacher comes with, or 0 for all.
-        dense: whether the classes are the second of four dimensions.
-    """
+    """A training step's calls, KD with the sort correction unless ``options`` of a `LossConfig` say otherwise."""
 
     C: int
     dtype: torch.dtype = torch.float32
-    teacher: torch.dtype | None = None
-    every_sum: bool = False
-    temperature: float = 4.0
-    correction: int = 1
-    top_k: int = 0
-    dense: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
 
 
-class Launch(NamedTuple):
-    """A recorded launch.
+class Recorded(NamedTuple):
+    """A launch and what it was called with."""
 
-    Attributes:
-        kernel: the kernel.
-        args, keywords: what it was called with.
-        programs: the size of the grid.
-    """
-
-    kernel: JITFunction
-    args: tuple
-    keywords: dict[str, Any]
-    programs: int
+    launch: choices.Launch
+    pointers: tuple[Tensor, ...]
+    numbers: tuple
 
     @property
-    def left(self) -> bool:
-        """Whether it takes the rows that another launch has left."""
-        return bool(self.keywords.get("LEFT"))
+    def kernel(self) -> Any:
+        return self.launch.kernel
 
-    @property
-    def num_warps(self) -> int:
-        return self.keywords.get("num_warps", 4)
-
-    @property
-    def rows(self) -> int:
-        """Rows that a program holds at a time."""
-        return self.keywords.get("R", 1)
-
-
-def launches(case: Case, target: str, Options: type, rows: int = 4) -> list[Launch]:
-    """The launches of a case on ``rows`` rows (4 or more), in order."""
-    found = []
-    saved = JITFunction.run, launch._processors, torch.version.hip
-    try:
-        JITFunction.run = lambda self, *args, grid, warmup, **keywords: found.append(
-            Launch(self, args, keywords, grid[0])
-        )
-        launch._processors = lambda _: 132
-        torch.version.hip = "offline" if TARGETS[target].backend == "hip" else None
-        student = torch.empty((rows // 2, case.C, 33, 33) if case.dense else (rows, case.C), dtype=case.dtype)
-        teacher = torch.empty(student.shape, dtype=case.teacher or case.dtype)
-        labels = torch.zeros((rows // 2, 33, 33) if case.dense else rows, dtype=torch.int64)
-        indices = torch.zeros(rows, case.top_k, dtype=torch.int64) if case.top_k else None
-        temperature = torch.ones(rows) if case.every_sum and not case.dense else None
-        config = Options(
-            case.temperature, case.correction, 0.9, 1.0, 8.0 if case.every_sum else None, 0.1,
-            case.every_sum and not case.top_k, True, 2, -100, True,
+    def source(self) -> ASTSource:
+        """Signature, constants and alignments, as the JIT derives them."""
+        parameters = self.kernel.params[: len(self.pointers) + len(self.numbers)]
+        types = ["*" + _TYPES[x.dtype] for x in self.pointers]
+        types += [p.annotation_type for p in parameters[len(types) :]]
+        signature = {p.name: kind for p, kind in zip(parameters, types, strict=True)}
+        aligned = [
+            i for i, (p, x) in enumerate(zip(parameters, self.pointers, strict=False))
+            if not p.do_not_specialize and x.data_ptr() % 16 == 0
+        ]  # fmt: skip
+        return ASTSource(
+            self.kernel, signature | dict.fromkeys(self.launch.constants, "constexpr"), self.launch.constants,
+            {(i,): [["tt.divisibility", 16]] for i in aligned},
         )  # fmt: skip
-        gradient = loss_forward(
-            student.movedim(1, -1),
-            teacher[:, : case.top_k] if case.top_k else teacher.movedim(1, -1),
-            indices,
-            labels,
-            temperature,
-            config,
-            None,
-            True,
-            temperature is not None,
-        )[4]
-        scale_gradient(gradient, torch.ones(()))
-        sort_logits(teacher.movedim(1, -1), labels, case.correction, -100)
+
+
+def record(call: Callable[[], Any]) -> list[Recorded]:
+    """The launches of a call of the backend on CPU tensors, in order."""
+    found: list[Recorded] = []
+    saved = choices.Launch.__call__, choices._processors
+    caches = choices.plan, choices.logits_plan, choices.scale
+    try:
+        choices.Launch.__call__ = lambda self, pointers, numbers: found.append(Recorded(self, pointers, numbers))
+        choices._processors = lambda _device: 132
+        for cache in caches:
+            cache.cache_clear()
+        call()
     finally:
-        JITFunction.run, launch._processors, torch.version.hip = saved
+        choices.Launch.__call__, choices._processors = saved
+        for cache in caches:
+            cache.cache_clear()
     return found
 
 
-def compiled(recorded: Launch, target: str) -> CompiledKernel:
-    """A launch compiled for one target: its signature, constants and alignments as the JIT derives them."""
-    kernel = recorded.kernel
-    values = dict(zip(kernel.arg_names, recorded.args, strict=False))
-    options = {"num_warps": recorded.num_warps}
-    for name, value in recorded.keywords.items():
-        (values if name in kernel.arg_names else options)[name] = value
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        general = parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature[name] = "*" + _KINDS[value.dtype]
-        elif parameter.is_constexpr or value is None or (value == 1 and not general and not parameter.annotation_type):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = parameter.annotation_type or "i32"
-        if isinstance(value, Tensor) or (signature[name] == "i32" and value % 16 == 0 and not general):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return compile_kernel(source, target=TARGETS[target], options=options)
+def launches(case: Case, target: str, Options: type, rows: int = 64) -> list[Recorded]:
+    """The launches of a case for one target: the loss with its gradient, the rescaling, the correction alone."""
+    logits = torch.empty(rows, case.C, dtype=case.dtype)
+    labels = torch.zeros(rows, dtype=torch.int64)
+
+    def step() -> None:
+        gradient = loss_forward(logits, logits, None, labels, None, Options(**dict(case.options)), None, True, False)[4]
+        scale_gradient(gradient, torch.ones(()))
+        sort_logits(logits, labels, 1, -100)
+
+    found = record(step)
+    if TARGETS[target].backend == "hip":
+        for recorded in found:
+            recorded.launch.options.pop("maxnreg", None)
+    return found
+
+
+def compiled(recorded: Recorded, target: str) -> CompiledKernel:
+    """A launch compiled for one target."""
+    return compile_kernel(recorded.source(), target=TARGETS[target], options=recorded.launch.options)

@@ -1,9 +1,9 @@
-# ruff: noqa: ANN001, ANN201 - in a kernel an annotation is an instruction to the compiler, not a type
-"""The classes above a label, put in order in a program's scratch memory.
+# ruff: noqa: ANN001, ANN201, SIM102 - in a kernel annotations are types of the compiler, and a constant `if` stands alone
+"""The classes above a label, put in order in a program's scratch memory, and the values that they come to hold.
 
-For ranks too large to walk one reduction at a time. Only the classes above the label are touched: they are collected
-while the row streams by, sorted in runs that fit in registers, and runs are merged pairwise, each key finding its place
-by binary search in the sibling run: near ``r log r`` for any rank ``r``.
+Only these classes are touched. They are collected while the row streams by. A few are ordered by counting for each the
+keys before it; many are sorted in runs that fit in registers, which are merged pairwise, each key finding its place by
+binary search in the sibling run: near ``r log r`` for any rank ``r``.
 
 A key is 64 bits: above, 32 bits that grow as the value falls; below, the class. Keys are therefore unique, and equal
 values keep the lower class first. A float64 value has two such halves and is sorted twice, lower half first.
@@ -14,12 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import launch
-from .sums import INFINITY
+from .row_math import INFINITY, INTERPRETED, PIECES
 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 LOW = tl.constexpr(0xFFFFFFFF)
-SMALL_RUN = tl.constexpr(launch.SMALL_RUN)
+# Keys ordered by counting, a step for each. The interpreter pays milliseconds for a step, and for a stage of a sort.
+COUNTED = tl.constexpr(16 if INTERPRETED else 128)
+# A sorted run: 45 compare stages. Merging is cheaper than the longer network, and compiles in a fraction of the time.
+RUN = tl.constexpr(32 if INTERPRETED else 512)
 
 
 @triton.jit
@@ -36,19 +38,33 @@ def descending(t):
 
 @triton.jit
 def collect(keys, t, classes, above, found, capacity):
-    """Append the keys of a tile's classes ``above`` the label, ``found`` being there already.
+    """Append the keys of the classes of a row's tile that lie ``above`` the label, ``found`` being there.
 
     Keys over the capacity are dropped; the caller counts, and leaves such a row to a launch with more room.
     """
     order = descending(t).to(tl.int64)
     if t.dtype == tl.float64:
         order = (order & LOW) - 0x80000000
-    place = found + tl.cumsum(above.to(tl.int32), 1) - 1
+    marks = above.to(tl.int32)
+    pieces = tl.sum(marks, 2)
+    place = found + (tl.cumsum(pieces, PIECES) - pieces)[:, :, None] + tl.cumsum(marks, 2) - 1
     tl.store(keys + place, (order << 32) | classes.to(tl.int64), mask=above & (place < capacity))
 
 
 @triton.jit
-def sort_run(keys, start, n, RUN: tl.constexpr):
+def sort_by_counting(keys, n):
+    """Sort ``keys[:n]``, at most COUNTED, in place."""
+    k = tl.arange(0, COUNTED)
+    x = tl.load(keys + k, mask=k < n, other=LAST)
+    place = tl.zeros_like(k)
+    for i in range(n):
+        place += (tl.load(keys + i) < x).to(tl.int32)
+    tl.debug_barrier()
+    tl.store(keys + place, x, mask=k < n)
+
+
+@triton.jit
+def sort_run(keys, start, n):
     """Sort ``keys[start : min(start + RUN, n)]`` in place."""
     k = start + tl.arange(0, RUN)
     x = tl.sort(tl.load(keys + k, mask=k < n, other=LAST))
@@ -58,10 +74,10 @@ def sort_run(keys, start, n, RUN: tl.constexpr):
 
 
 @triton.jit
-def merge_runs(source, target, n, length, B: tl.constexpr):
+def merge_runs(source, target, n, length):
     """Merge sorted runs of ``length`` keys pairwise from ``source`` into ``target``."""
-    for start in range(0, n, B):
-        k = start + tl.arange(0, B)
+    for start in range(0, n, RUN):
+        k = start + tl.arange(0, RUN)
         inside = k < n
         key = tl.load(source + k, mask=inside, other=LAST)
         run = k // length
@@ -80,45 +96,46 @@ def merge_runs(source, target, n, length, B: tl.constexpr):
 
 
 @triton.jit
-def sort_keys(keys, at, spare, n, RUN: tl.constexpr, MERGE: tl.constexpr):
+def sort_keys(keys, at, spare, n, LISTED: tl.constexpr):
     """Sort the n keys that begin at ``keys + at``; returns where they begin afterwards: there or at ``spare``."""
     tl.debug_barrier()
-    if n <= SMALL_RUN:
-        sort_run(keys + at, 0, n, SMALL_RUN)
-    else:
-        for start in range(0, n, RUN):
-            sort_run(keys + at, start, n, RUN)
-    tl.debug_barrier()
-    if MERGE:
-        length = RUN
-        while length < n:
-            merge_runs(keys + at, keys + spare, n, length, RUN)
+    if n <= COUNTED:
+        sort_by_counting(keys + at, n)
+    if LISTED:
+        if n > COUNTED:
+            for start in range(0, n, RUN):
+                sort_run(keys + at, start, n)
             tl.debug_barrier()
-            at, spare = spare, at
-            length = length * 2
+            length = tl.full([], RUN, tl.int32)
+            while length < n:
+                merge_runs(keys + at, keys + spare, n, length)
+                tl.debug_barrier()
+                at, spare = spare, at
+                length = length * 2
+    tl.debug_barrier()
     return at
 
 
 @triton.jit
-def put_in_order(keys, n, teacher, teacher_class, capacity, RUN: tl.constexpr, MERGE: tl.constexpr, WORK: tl.constexpr):
+def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr):
     """Order n collected keys; returns where the keys begin whose lower halves are the classes in order.
 
-    ``keys`` has room for one buffer of ``capacity``, one more for MERGE and one more for float64.
+    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED.
     """
-    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, RUN, MERGE)
+    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED)
     if tl.float64 == WORK:
         # Least significant half done. Now the upper half, with the place in the order so far in the class's stead.
-        names = keys + (2 if MERGE else 1) * capacity
+        names = keys + 2 * capacity
         for start in range(0, n, RUN):
-            k = start + tl.arange(0, RUN)[None, :]
+            k = start + tl.arange(0, RUN)
             name = tl.load(keys + at + k, mask=k < n, other=0) & LOW
-            value = tl.load(teacher + name * teacher_class, mask=k < n, other=0).to(WORK)
+            value = tl.load(teacher + name * stride, mask=k < n, other=0).to(WORK)
             tl.debug_barrier()
             tl.store(names + k, name, mask=k < n)
             tl.store(keys + at + k, ((descending(value) >> 32) << 32) | k.to(tl.int64), mask=k < n)
-        at = sort_keys(keys, at, capacity - at, n, RUN, MERGE)
+        at = sort_keys(keys, at, capacity - at, n, LISTED)
         for start in range(0, n, RUN):
-            k = start + tl.arange(0, RUN)[None, :]
+            k = start + tl.arange(0, RUN)
             place = tl.load(keys + at + k, mask=k < n, other=0) & LOW
             name = tl.load(names + place, mask=k < n, other=0)
             tl.debug_barrier()
@@ -128,12 +145,12 @@ def put_in_order(keys, n, teacher, teacher_class, capacity, RUN: tl.constexpr, M
 
 
 @triton.jit
-def keep(keys, spare, start, n, classes, x, B: tl.constexpr):
-    """Put a value x beside each of the B ``classes`` from place ``start`` of the order on, for :func:`kept`.
+def keep(keys, spare, start, n, classes, x):
+    """Put a value beside each of RUN ``classes`` from place ``start`` of the order on, for :func:`kept`.
 
     In order, a key's upper half has done its work; a float64 value takes the buffer that its names have left.
     """
-    k = start + tl.arange(0, B)[None, :]
+    k = start + tl.arange(0, RUN)
     if x.dtype == tl.float64:
         tl.store(spare + k, x.to(tl.int64, bitcast=True), mask=k < n)
     else:
@@ -141,9 +158,9 @@ def keep(keys, spare, start, n, classes, x, B: tl.constexpr):
 
 
 @triton.jit
-def kept(keys, spare, start, n, WORK: tl.constexpr, B: tl.constexpr):
+def kept(keys, spare, start, n, WORK: tl.constexpr):
     """What :func:`keep` has put there."""
-    k = start + tl.arange(0, B)[None, :]
+    k = start + tl.arange(0, RUN)
     if tl.float64 == WORK:
         return tl.load(spare + k, mask=k < n, other=0).to(WORK, bitcast=True)
     else:
@@ -151,24 +168,17 @@ def kept(keys, spare, start, n, WORK: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def corrected_above(
-    keys, start, n, teacher, teacher_class, t_y, CORRECTION: tl.constexpr, WORK: tl.constexpr, B: tl.constexpr
-):
-    """B classes above the label, from place ``start`` of their order on, and their corrected values: ``[1, B]``.
+def corrected_above(keys, start, n, teacher, stride, t_y, correction, WORK: tl.constexpr):
+    """RUN classes above the label, from place ``start`` of their order on, and their corrected values.
 
     Past the end the values are -inf.
     """
-    k = start + tl.arange(0, B)[None, :]
+    k = start + tl.arange(0, RUN)
     inside = k < n
     classes = tl.load(keys + k, mask=inside, other=0) & LOW
-    if CORRECTION == 1:
-        # Each takes the value of the next in order, the last one that of the label.
-        follows = k + 1 < n
-        next_class = tl.load(keys + k + 1, mask=follows, other=0) & LOW
-        t = tl.load(teacher + next_class * teacher_class, mask=follows, other=0).to(WORK)
-        t = tl.where(follows, t, t_y[:, None])
-        t = tl.where(inside, t, -INFINITY)
-    else:
-        t = tl.load(teacher + classes * teacher_class, mask=inside, other=-INFINITY).to(WORK)
-        t = tl.where(k == 0, t_y[:, None], t)
-    return classes, inside, t
+    # Sorted, each takes the value of the next in order, the last one that of the label. Swapped, the first one that.
+    follows = (k + 1 < n) & (correction == 1)
+    source = tl.where(follows, tl.load(keys + k + 1, mask=follows, other=0) & LOW, classes)
+    t = tl.load(teacher + source * stride, mask=inside, other=-INFINITY).to(WORK)
+    to_label = tl.where(correction == 1, k + 1 == n, k == 0)
+    return classes, inside, tl.where(inside & to_label, t_y, t)
