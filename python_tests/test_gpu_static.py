@@ -59,8 +59,8 @@ CUDA = (
 TRITON = (
     (1000, "float32", Limits("sort_kd_tile", 4, 1000 / 32, 255, 3500, 60, 2.5, 16)),
     (1000, "bfloat16", Limits("sort_kd_tile", 2, 1000 / 32, 255, 3500, 60, 2.5, 8)),
-    (32000, "float32", Limits("sort_kd_stream", 4, 0, 128, 10000, 0, 0, 4)),
-    (32000, "bfloat16", Limits("sort_kd_stream", 2, 0, 128, 10000, 0, 0, 4)),
+    (32000, "float32", Limits("sort_kd_stream", 4, 0, 255, 12000, 0, 0, 4)),
+    (32000, "bfloat16", Limits("sort_kd_stream", 2, 0, 255, 12000, 0, 0, 4)),
 )
 
 
