@@ -1,28 +1,37 @@
 """Builds `sortkd_kernels._C`; where no C++ compiler works, installs the package without it and says so.
 
-The CUDA kernels are built where nvcc and a CUDA build of torch are. SORTKD_CUDA=0 leaves them out; with SORTKD_CUDA=1
-it is an error if they cannot be built, in place of an extension for the CPU alone.
+SORTKD_CUDA chooses the GPUs that the CUDA kernels are built for; TORCH_CUDA_ARCH_LIST names them one by one.
+
+| SORTKD_CUDA | built for                                                                       |
+|-------------|---------------------------------------------------------------------------------|
+| not set     | the GPUs of this machine; without any, or without nvcc, the CPU alone           |
+| 0           | the CPU alone                                                                   |
+| 1           | the GPUs of this machine, all where there is none; an error where it cannot be  |
+| all         | every architecture; an error where it cannot be                                 |
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from setuptools import Extension, setup
 
 ROWS = "csrc/cpu/rows.cpp"
-SOURCES = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/forward.cpp", "csrc/cpu/launcher.cpp"]
+SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp") if path != Path(ROWS))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 # A100, RTX 30, RTX 40, H100, B200, RTX 50. Later processors compile the last one's PTX.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+CUDA = os.environ.get("SORTKD_CUDA", "")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SANITIZE = os.environ.get("SORTKD_SANITIZE") == "1"
 
@@ -33,21 +42,14 @@ if X86:
     CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CAPABILITIES["AVX512"] = [*CAPABILITIES["AVX2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
-# The two silenced warnings come from ATen's and the compiler's own vector headers.
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
+# -g0: Python's own flags ask for debug information, which doubles the time that PyTorch's headers take. The two
+# silenced warnings come from ATen's and the compiler's own vector headers.
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 # at::parallel_for is a template over OpenMP: without the flag it silently runs on one thread. Apple's clang has none.
+# Not a flag of the link: the OpenMP in use must be the one that torch has loaded, whatever its name.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
-
-
-class Toolkit(NamedTuple):
-    """Where the CUDA toolkit is, or the wheels that torch comes with and that hold parts of it."""
-
-    home: Path
-    include: Path
-    runtime: Path  # libcudart, as a shared library
-    architectures: tuple[int, ...]
 
 
 def extension_arguments() -> dict[str, object]:
@@ -55,141 +57,135 @@ def extension_arguments() -> dict[str, object]:
     if importlib.util.find_spec("torch") is None:
         say_missing("torch is not importable in the build environment; use `pip install --no-build-isolation .`")
         return {}
-    toolkit = find_toolkit()
-    if toolkit:
-        os.environ["CUDA_HOME"] = str(toolkit.home)  # read when cpp_extension is imported
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    architectures = find_architectures()  # before cpp_extension is imported, which reads CUDA_HOME
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
 
-    class BuildPerCapability(BuildExtension):
-        """Compiles the row loop once for each instruction set, then the extension around the objects."""
+    class BuildSideBySide(BuildExtension):
+        """Compiles the row loop once for each instruction set, beside the other sources."""
 
-        def build_extension(self, ext: CppExtension) -> None:
-            # After the ordinary objects on the link line: of an inline function that several hold, the linker takes
-            # the first, and that one must run on every processor.
-            objects = []
-            for capability, flags in CAPABILITIES.items():
-                for acc in ("float", "double"):
-                    objects += self.compiler.compile(
-                        [ROWS],
-                        output_dir=str(Path(self.build_temp) / f"{capability}-{acc}"),
-                        include_dirs=ext.include_dirs,
-                        extra_postargs=[
-                            *ext.extra_compile_args["cxx"],
-                            *flags,
-                            f"-DCPU_CAPABILITY={capability}",
-                            f"-DCPU_CAPABILITY_{capability}",
-                            f"-DSORTKD_ACC={acc}",
-                        ],
-                    )
-            ext.extra_objects = objects
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:  # pip's choice is a fresh folder, which would compile everything again
+                self.build_temp = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+        def build_extension(self, ext: Extension) -> None:
+            compile_sources = self.compiler.compile
+
+            def compile_all(sources: list[str], output_dir: str, **options: object) -> list[str]:
+                # A ninja each, since the flags of one are those of all its sources.
+                workers = int(os.environ.get("MAX_JOBS") or os.cpu_count()) if self.use_ninja else 1
+                with ThreadPoolExecutor(workers) as pool:
+                    calls = [pool.submit(compile_sources, sources, output_dir, **options)]
+                    for (capability, target), acc in itertools.product(CAPABILITIES.items(), ("float", "double")):
+                        macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+                        flags = [*ext.extra_compile_args["cxx"], *target, *macros, f"-DSORTKD_ACC={acc}"]
+                        folder = str(Path(output_dir, f"{capability}-{acc}"))
+                        calls.append(
+                            pool.submit(compile_sources, [ROWS], folder, **options | {"extra_postargs": flags})
+                        )
+                # The rows come after the ordinary objects on the link line: of an inline function that several hold,
+                # the linker takes the first, and that one must run on every processor.
+                return [name for call in calls for name in call.result()]
+
+            self.compiler.compile = compile_all
             super().build_extension(ext)
 
         def run(self) -> None:
+            inplace = self.inplace  # setuptools loses it where the build fails
             try:
                 super().run()
             except Exception as error:
+                self.inplace = inplace
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                if set(CUDA_SOURCES) <= set(extension.sources) and os.environ.get("SORTKD_CUDA") != "1":
+                if architectures and not CUDA:
                     say(f"the CUDA kernels were not built ({reason}); trying without them")
-                    without_cuda(extension)
+                    architectures.clear()
+                    vars(self.extensions[0]).update(vars(extension([])))
                     return self.run()
-                if "1" in (os.environ.get("SORTKD_REQUIRE_EXTENSION"), os.environ.get("SORTKD_CUDA")):
+                if CUDA in ("1", "all") or os.environ.get("SORTKD_REQUIRE_EXTENSION") == "1":
                     raise
                 self.extensions = []
-                say_missing(reason)
+                return say_missing(reason)
+            # To be read before the extension is loaded: under another torch it fails to load, or worse, loads.
+            Path("" if inplace else self.build_lib, "sortkd_kernels", "_C.torch").write_text(torch.__version__)
+
+    return {"ext_modules": [extension(architectures)], "cmdclass": {"build_ext": BuildSideBySide}}
+
+
+def extension(architectures: list[int]) -> Extension:
+    """`sortkd_kernels._C`, with the CUDA kernels where there are architectures to compile them for."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sanitizer = SANITIZER if SANITIZE else []
-    extension = CppExtension(
-        "sortkd_kernels._C",
-        SOURCES,
-        define_macros=[("SORTKD_X86", None)] if X86 else [],
-        extra_compile_args={"cxx": [*FLAGS, *OPENMP, *sanitizer]},
-        extra_link_args=[*OPENMP, *sanitizer],
-    )
-    if toolkit:
-        with_cuda(extension, toolkit)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildPerCapability}}
+    arguments = {
+        "define_macros": [("SORTKD_X86", None)] if X86 else [],
+        "extra_compile_args": {"cxx": [*FLAGS, *OPENMP, *sanitizer]},
+        "extra_link_args": sanitizer,
+    }
+    if not architectures:
+        return CppExtension("sortkd_kernels._C", list(SOURCES), **arguments)
+    # Not a macro for nvcc too, which would take the commas for its own.
+    arguments["extra_compile_args"]["cxx"].append(f"-DSORTKD_CUDA={','.join(map(str, architectures))}")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    # Two architectures at a time beside ninja's files: what a machine of two cores takes. Quotients of floats to two
+    # units in the last place, in half as many instructions: each lane computes those of its row.
+    arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-prec-div=false", "--threads", "2", *codes]
+    return CUDAExtension("sortkd_kernels._C", SOURCES + CUDA_SOURCES, **arguments)
 
 
-def with_cuda(extension: Extension, toolkit: Toolkit) -> None:
-    """Add the CUDA kernels to an extension."""
-    listed = ",".join(map(str, toolkit.architectures))
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in toolkit.architectures]
-    codes.append(f"-gencode=arch=compute_{toolkit.architectures[-1]},code=compute_{toolkit.architectures[-1]}")
-    extension.sources += CUDA_SOURCES
-    extension.include_dirs.append(str(toolkit.include))
-    extension.extra_compile_args["cxx"].append(f"-DSORTKD_CUDA={listed}")  # nvcc would take the commas for its own
-    # Two architectures at a time beside ninja's files: what a machine of two cores takes. Quotients of floats to two units in
-    # the last place, in half as many instructions: each lane computes its row's.
-    extension.extra_compile_args["nvcc"] = ["-O3", "-std=c++20", "-prec-div=false", "--threads", "2", *codes]
-    # torch has loaded this library before the extension asks for it.
-    extension.extra_link_args += [f"-L{toolkit.runtime.parent}", f"-l:{toolkit.runtime.name}"]
-    extension.libraries += ["c10_cuda"]
-
-
-def without_cuda(extension: Extension) -> None:
-    """Undo :func:`with_cuda`."""
-    extension.sources = list(SOURCES)
-    flags = extension.extra_compile_args["cxx"]
-    extension.extra_compile_args["cxx"] = [flag for flag in flags if not flag.startswith("-DSORTKD_CUDA")]
-    extension.extra_link_args = [arg for arg in extension.extra_link_args if not arg.startswith(("-L", "-l"))]
-    extension.libraries = [name for name in extension.libraries if name != "c10_cuda"]
-
-
-def find_toolkit() -> Toolkit | None:
-    """The CUDA toolkit to build with, or None where there is none to be used.
+def find_architectures() -> list[int]:
+    """What to compile the CUDA kernels for, as compute capabilities times ten; empty for the CPU alone.
 
     Raises:
-        RuntimeError: SORTKD_CUDA=1 asks for a build that is not possible; the message has what is missing.
+        RuntimeError: SORTKD_CUDA asks for a build that is not possible; the message has what is missing.
     """
-    wanted = os.environ.get("SORTKD_CUDA")
-    if wanted == "0" or SANITIZE:
-        return None
-    found, missing = _look_for_toolkit()
-    if found is None and wanted == "1":
-        raise RuntimeError(f"SORTKD_CUDA=1: {missing}")
-    return found
+    if CUDA not in ("", "0", "1", "all"):
+        raise RuntimeError(f"expected SORTKD_CUDA to be 0, 1 or all, got {CUDA!r}")
+    if CUDA == "0" or SANITIZE:
+        return []
+    try:
+        return _look_for_architectures()
+    except LookupError as missing:
+        if CUDA:
+            raise RuntimeError(f"SORTKD_CUDA={CUDA}: {missing}") from None
+        say(f"built without CUDA kernels: {missing}")
+        return []
 
 
-def _look_for_toolkit() -> tuple[Toolkit | None, str]:
+def _look_for_architectures() -> list[int]:
     import torch
 
     if torch.version.cuda is None:
-        return None, f"torch {torch.__version__} is not a CUDA build"
-    # The wheels of the toolkit's parts lie beside torch: nvidia/cu13/{bin,include,lib}.
-    wheels = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("cu[0-9]*"), reverse=True)
-    home = _home_of_nvcc([os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")], wheels)
-    if home is None:
-        return None, "nvcc is neither on PATH nor in CUDA_HOME"
-    roots = [home, *home.glob("targets/*"), *wheels]
-    include = [root / "include" for root in roots if (root / "include" / "cuda_runtime.h").exists()]
-    runtimes = [path for root in roots for lib in ("lib64", "lib") for path in (root / lib).glob("libcudart.so.[0-9]*")]
-    if not include or not runtimes:
-        return None, f"no {'libcudart' if include else 'cuda_runtime.h'} under {', '.join(map(str, roots))}"
-    command = [home / "bin" / "nvcc", "--list-gpu-arch"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    known = {int(arch) for arch in re.findall(r"compute_(\d+)", listed)}
-    chosen = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-    asked = [int(major) * 10 + int(minor) for major, minor in chosen] or ARCHITECTURES
-    architectures = tuple(arch for arch in asked if arch in known)
-    if not architectures:
-        return None, f"nvcc compiles for none of {', '.join(map(str, asked))}"
-    return Toolkit(home, include[0], runtimes[0], architectures), ""
+        raise LookupError(f"torch {torch.__version__} is not a CUDA build")
+    listed = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    wanted = [10 * int(major) + int(minor) for major, minor in listed or here]
+    if not listed and (CUDA == "all" or (CUDA == "1" and not here)):
+        wanted = list(ARCHITECTURES)
+    wanted = [arch for arch in wanted if arch >= min(ARCHITECTURES)]
+    if not wanted:
+        raise LookupError("no GPU of compute capability 8.0 or newer is here; SORTKD_CUDA=all builds them all the same")
+    nvcc = _find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [int(arch) for arch in re.findall(r"compute_(\d+)", known)]
+    # A GPU that is newer than nvcc compiles the PTX of the newest architecture that nvcc knows.
+    return sorted({max(arch for arch in known if arch <= each) for each in wanted})
 
 
-def _home_of_nvcc(variables: list[str | None], wheels: list[Path]) -> Path | None:
-    """The folder whose bin/nvcc is the compiler itself; what is on PATH may be a script that calls it."""
-    for home in [*(Path(variable) for variable in variables if variable), *wheels]:
-        if (home / "bin" / "nvcc").exists():
-            return home
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    said = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull], capture_output=True, text=True, check=False
-    ).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+def _find_nvcc() -> Path:
+    """The compiler itself: what is on PATH may be a script that calls it. CUDA_HOME is its toolkit from here on."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home, "bin", "nvcc") if home else Path(shutil.which("nvcc") or "")
+    if not nvcc.is_file():
+        raise LookupError("nvcc is neither on PATH nor in CUDA_HOME")
+    if not home:
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1])
+    return nvcc
 
 
 def say(words: str) -> None:

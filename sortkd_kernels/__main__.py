@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +65,14 @@ def _check(backend: str, device: torch.device) -> tuple[str, bool]:
     except Exception as error:  # of the compiler, the driver or the kernel
         return f"FAILED, {type(error).__name__}: {str(error).strip()}", False
     milliseconds = 1000 * (time.perf_counter() - start)
-    error = max(((got - e).abs().max() / e.abs().max()).item() for got, e in zip(result, expected, strict=True))
-    good = error < _TOLERANCE  # so written, NaN fails too
-    return f"{'ok' if good else 'WRONG'}, relative error {error:.1e}, first call {milliseconds:.0f} ms", good
+    difference = max(((got - e).abs().max() / e.abs().max()).item() for got, e in zip(result, expected, strict=True))
+    good = difference < _TOLERANCE  # so written, NaN fails too
+    return f"{'ok' if good else 'WRONG'}, relative error {difference:.1e}, first call {milliseconds:.0f} ms", good
 
 
 def _loss_and_gradient(student: Tensor, teacher: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     student = student.requires_grad_()
-    loss = fused_sort_kd(student, teacher, target, ce_weight=0.1, kd_weight=0.9, backend=backend)
+    loss: Any = fused_sort_kd(student, teacher, target, ce_weight=0.1, kd_weight=0.9, backend=backend)
     loss.backward()
     return loss.detach().cpu().double(), student.grad.cpu().double()
 

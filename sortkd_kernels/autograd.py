@@ -93,7 +93,7 @@ def reduced(rows: Tensor, row_scale: Tensor, config: Any) -> Tensor:
 
 
 def _forward(
-    kernels: Kernels, inputs: tuple[Tensor | None, ...], config: Any, grad_output: Tensor | None,
+    kernels: Kernels, inputs: tuple[Any, ...], config: Any, grad_output: Tensor | None,
     grad_student: bool, grad_temperature: bool, inplace: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *tensors, row_scale = inputs
@@ -137,5 +137,5 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(t if own is None else None for t, own in zip(tensors, ctx.unversioned, strict=True)))
 
 
-def _saved(ctx: Any) -> list[Tensor | None]:
+def _saved(ctx: Any) -> list[Any]:
     return [t if own is None else own for t, own in zip(ctx.saved_tensors, ctx.unversioned, strict=True)]

@@ -14,15 +14,31 @@ import importlib
 import importlib.util
 import os
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-try:
-    _C = importlib.import_module("sortkd_kernels._C")
-except ImportError as error:  # no compiler at install time, or another torch at run time
-    _C, _NATIVE_ERROR = None, str(error)
 
+def _load_extension() -> tuple[Any, str]:
+    """The compiled module, or None and why it is not there."""
+    record = Path(__file__).parents[1] / "_C.torch"  # setup.py writes the version of the torch that it built with
+    built, here = record.read_text() if record.exists() else torch.__version__, torch.__version__
+    # The C++ side of autograd changes with each minor version, not always by a symbol whose absence would be noticed.
+    if built.split(".")[:2] != here.split(".")[:2]:
+        reason = (
+            f"the compiled extension was built with torch {built} and this is torch {here}; build it again in the "
+            "checkout (`pip install --no-build-isolation --no-deps --force-reinstall .`) or install this torch's wheel"
+        )
+        warnings.warn(f"sortkd_kernels runs on its other backends: {reason}", stacklevel=2)
+        return None, reason
+    try:
+        return importlib.import_module("sortkd_kernels._C"), ""
+    except ImportError as error:  # no compiler at install time
+        return None, f"the compiled extension is not there ({error})"
+
+
+_C, _NO_EXTENSION = _load_extension()
 NAMES = ("native", "triton", "reference")
 
 
@@ -115,7 +131,7 @@ def _problem(name: str, device: str) -> str:
 
 def _native_state() -> BackendState:
     if _C is None:
-        return BackendState(False, (), f"the compiled extension is not there ({_NATIVE_ERROR})")
+        return BackendState(False, (), _NO_EXTENSION)
     info = _C.build_info()
     reason = f"CPU kernels for {info['cpu_capability']}"
     if not info["cuda"]:
