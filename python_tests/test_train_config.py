@@ -12,7 +12,7 @@ from train.naming import method_label, run_folder, teacher_weights
 from train.run import main, parse
 
 CIFAR, IMAGENET = CONFIGS / "cifar100", CONFIGS / "imagenet"
-METHODS = ["vanilla", "kd", "dkd", "ctkd", "lskd", "lskd_dkd"]
+METHODS = ["vanilla", "kd", "dkd", "ctkd", "lskd", "lskd_dkd"]  # of both data sets
 
 # Written as mdistiller writes its files; the second as yacs allows it, with a tuple and exponents YAML reads as text.
 MDISTILLER = """
@@ -75,23 +75,25 @@ def test_the_defaults_are_mdistillers():
     assert {key: values[key] for key in expected} == expected
 
 
-# RECIPES.md, pair by pair: lr, DKD's beta, LSKD's temperature and weight.
+# As published, pair by pair: lr, DKD's beta, LSKD's (temperature, weight), LSKD + DKD's (temperature, weight, beta).
 RECIPES = {
-    ("resnet32x4", "resnet8x4"): (0.05, 8, 2, 9),
-    ("resnet32x4", "ShuffleV1"): (0.01, 8, 2, 9),
-    ("resnet32x4", "ShuffleV2"): (0.01, 8, 2, 9),
-    ("resnet32x4", "wrn_16_2"): (0.05, 8, 3, 9),
-    ("resnet32x4", "wrn_40_2"): (0.05, 8, 3, 9),
-    ("ResNet50", "MobileNetV2"): (0.01, 8, 3, 1),
-    ("wrn_40_2", "ShuffleV1"): (0.01, 8, 2, 9),
-    ("wrn_40_2", "MobileNetV2"): (0.01, 8, 3, 9),
-    ("wrn_40_2", "wrn_16_2"): (0.05, 6, 2, 9),
-    ("wrn_40_2", "wrn_40_1"): (0.05, 6, 2, 9),
-    ("vgg13", "vgg8"): (0.05, 6, 3, 9),
-    ("vgg13", "MobileNetV2"): (0.01, 6, 3, 9),
-    ("resnet56", "resnet20"): (0.05, 2, 2, 9),
-    ("resnet110", "resnet32"): (0.05, 2, 2, 9),
-    ("resnet110", "resnet20"): (0.05, 8, 4, 12),
+    ("resnet32x4", "resnet8x4"): (0.05, 8, (2, 9), (2, 9, 8)),
+    ("resnet32x4", "vgg8"): (0.05, 8, (2, 9), (2, 9, 8)),
+    ("resnet32x4", "ShuffleV1"): (0.01, 8, (2, 9), (2, 9, 8)),
+    ("resnet32x4", "ShuffleV2"): (0.01, 8, (2, 9), (2, 9, 8)),
+    ("resnet32x4", "wrn_16_2"): (0.05, 8, (3, 9), (2, 9, 2)),
+    ("resnet32x4", "wrn_40_2"): (0.05, 8, (3, 9), (2, 9, 8)),
+    ("ResNet50", "MobileNetV2"): (0.01, 8, (3, 1), (2, 15, 2)),
+    ("wrn_40_2", "ShuffleV1"): (0.01, 8, (2, 9), (2, 9, 8)),
+    ("wrn_40_2", "MobileNetV2"): (0.01, 8, (3, 9), (2, 15, 2)),
+    ("wrn_40_2", "wrn_16_2"): (0.05, 6, (2, 9), (2, 12, 2)),
+    ("wrn_40_2", "wrn_40_1"): (0.05, 6, (2, 9), (2, 12, 2)),
+    ("wrn_40_2", "resnet8x4"): (0.05, 8, (2, 9), (2, 18, 2)),
+    ("vgg13", "vgg8"): (0.05, 6, (3, 9), (2, 15, 2)),
+    ("vgg13", "MobileNetV2"): (0.01, 6, (3, 9), (3, 9, 2)),
+    ("resnet56", "resnet20"): (0.05, 2, (2, 9), (3, 18, 2)),
+    ("resnet110", "resnet32"): (0.05, 2, (2, 9), (2, 15, 2)),
+    ("resnet110", "resnet20"): (0.05, 8, (4, 12), (2, 15, 2)),
 }
 
 
@@ -102,24 +104,26 @@ def test_every_pair_of_the_field_is_listed():
 
 @pytest.mark.parametrize("pair", RECIPES, ids="-".join)
 def test_cifar_recipes(pair):
-    lr, beta, temperature, weight = RECIPES[pair]
-    configs = {method: load_config(CIFAR / f"{method}.yaml", pair=pair) for method in METHODS}
+    lr, beta, lskd, lskd_dkd = RECIPES[pair]
+    methods = [*METHODS, "ctkd_lskd"]
+    configs = {method: load_config(CIFAR / f"{method}.yaml", pair=pair) for method in methods}
     for config in configs.values():
         solver = config.SOLVER
         assert (64, 240, lr, 5e-4) == (solver.BATCH_SIZE, solver.EPOCHS, solver.LR, solver.WEIGHT_DECAY)
         assert (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE, solver.MOMENTUM) == ([150, 180, 210], 0.1, 0.9)
         assert pair == (config.DISTILLER.TEACHER, config.DISTILLER.STUDENT)
         assert config.DISTILLER.CORRECTION == "sort"
-    for method, (t, kd) in {"kd": (4, 0.9), "ctkd": (4, 0.9), "lskd": (temperature, weight)}.items():
+    for method, (t, kd) in {"kd": (4, 0.9), "ctkd": (4, 0.9), "lskd": lskd, "ctkd_lskd": (4, 9)}.items():
         loss = configs[method].KD.LOSS
         assert (t, 0.1, kd) == (configs[method].KD.TEMPERATURE, loss.CE_WEIGHT, loss.KD_WEIGHT)
-    for method, (t, factor) in {"dkd": (4, 1), "lskd_dkd": (2, 9)}.items():
+    for method, (t, factor, b) in {"dkd": (4, 1, beta), "lskd_dkd": lskd_dkd}.items():
         dkd = configs[method].DKD
-        assert (t, 1, beta, factor, 20) == (dkd.T, dkd.ALPHA, dkd.BETA, dkd.KD_WEIGHT, dkd.WARMUP)
-    ctkd = configs["ctkd"].CTKD
-    assert (ctkd.START, ctkd.END, ctkd.EPOCHS) == (1, 20, 10)
-    labels = [method_label(configs[method]) for method in METHODS]
-    assert labels == ["CE", "Sort-KD", "Sort-DKD", "Sort-CTKD", "Sort-LSKD", "Sort-LSKD+DKD"]
+        assert (t, 1, b, factor, 20) == (dkd.T, dkd.ALPHA, dkd.BETA, dkd.KD_WEIGHT, dkd.WARMUP)
+    for method in ("ctkd", "ctkd_lskd"):
+        ctkd = configs[method].CTKD
+        assert (ctkd.START, ctkd.END, ctkd.EPOCHS) == (1, 20, 10)
+    labels = [method_label(configs[method]) for method in methods]
+    assert labels == ["CE", "Sort-KD", "Sort-DKD", "Sort-CTKD", "Sort-LSKD", "Sort-LSKD+DKD", "Sort-CTKD+LSKD"]
 
 
 @pytest.mark.parametrize(("pair", "beta"), [(("ResNet34", "ResNet18"), 0.5), (("ResNet50", "MobileNetV1"), 2)])

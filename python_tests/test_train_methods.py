@@ -157,3 +157,9 @@ def test_the_meter_weighs_by_rows():
     means = meter.compute()
     expected = {"loss": 2.0, "top1": 75.0, "corrected": 0.5, "mean_rank": 0.75}
     assert {name: means[name] for name in expected} == pytest.approx(expected)
+
+
+def test_of_equal_best_epochs_the_last_is_kept(tmp_path, teacher):
+    trainer = build_trainer(tiny(tmp_path, teacher), CPU)
+    trainer.history = [{"epoch": epoch, "test_top1": top1} for epoch, top1 in ((1, 40.0), (2, 50.0), (3, 50.0))]
+    assert trainer.best["epoch"] == 3

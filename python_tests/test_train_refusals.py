@@ -39,6 +39,7 @@ with claimed(Path(sys.argv[1])):
         ([*KD, "--seeds", "1", "2", "1"], r"--seeds: expected each seed once, got \[1, 2, 1\]"),
         ([*VANILLA, "EXPERIMENT.DEVICE", "gpu"], r"EXPERIMENT\.DEVICE: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ([*VANILLA, "EXPERIMENT.DEVICE", "cuda:99"], r"EXPERIMENT\.DEVICE: expected GPU 99 to be there"),
+        ([*VANILLA, "EXPERIMENT.DEVICE", "cpu", "DATASET.DECODE", "cuda"], r"DATASET\.DECODE: expected cpu where .* is cpu"),
         ([*VANILLA, "DATASET.TYPE", "imagefolder", "DATASET.ROOT", "none"], r"DATASET\.ROOT: .*expected the folder train"),
         ([*VANILLA, "DISTILLER.STUDENT", "torchvision/resnet18"], r"DISTILLER\.STUDENT: expected a model of \(1, 8, 8\) .*3 channels"),
     ],

@@ -48,11 +48,14 @@ def make_loaders(config: Config, world: World) -> Loaders:
             f"SOLVER.BATCH_SIZE: expected a multiple of the {world.size} ranks, got {config.SOLVER.BATCH_SIZE}"
         )
     dataset = config.DATASET
+    if dataset.DECODE == "cuda" and world.device.type != "cuda":
+        raise ConfigError(f"DATASET.DECODE: expected cpu where EXPERIMENT.DEVICE is {world.device}, got cuda")
     try:
         return build_loaders(
             dataset.TYPE, Path(dataset.ROOT), batch_size=per_rank, test_batch_size=dataset.TEST.BATCH_SIZE,
             num_workers=dataset.NUM_WORKERS, device=world.device, seed=config.EXPERIMENT.SEED, rank=world.rank,
             world_size=world.size, views=config.TEACHER.CACHE_VIEWS, view_seed=config.TEACHER.CACHE_SEED,
+            decode=dataset.DECODE,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"DATASET.ROOT: {error}") from error

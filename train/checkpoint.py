@@ -31,6 +31,10 @@ class Checkpoints:
         """The checkpoint of the best epoch so far."""
         return self.folder / "best.pth"
 
+    def path(self, epoch: int) -> Path:
+        """Where the state after `epoch` goes."""
+        return self.folder / f"epoch_{epoch:04d}.pth"
+
     def epochs(self) -> dict[int, Path]:
         """The checkpoints there are, the newest first."""
         found = {}
@@ -44,7 +48,7 @@ class Checkpoints:
         # The best goes first: killed between the two, the epoch runs again and writes the same best again.
         if is_best:
             write(self.best, state)
-        write(self.folder / f"epoch_{epoch:04d}.pth", state)
+        write(self.path(epoch), state)
         for number, path in list(self.epochs().items())[2:]:
             if number % self.keep_every:
                 path.unlink()

@@ -14,6 +14,7 @@ import yaml
 
 from . import demo
 from .checkpoint import DamagedCheckpoint, read
+from .compare import markdown_table
 from .config import ConfigError, load_config, merge, published_pairs, validate
 from .describe import describe
 from .distributed import World, join
@@ -21,7 +22,7 @@ from .ending import in_words
 from .experiment import check_new, evaluate_checkpoint, train, where_to_go_on
 from .plots import plot_groups
 from .schema import Config
-from .summary import group_runs, histories, markdown_table, statistics_of
+from .summary import group_runs, statistics_of
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -65,7 +66,7 @@ def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool) -> No
     if len(runs) > 1:
         facts = [statistics_of(group) for group in groups.values()]
         (folder / "summary.json").write_text(json.dumps(facts, indent=1) + "\n")
-        plot_groups(histories(groups), folder / "curves.png", folder.name)
+        plot_groups(groups, folder / "curves.png", folder.name)
     print(markdown_table(groups))
     print(f"runs: {folder}")
 

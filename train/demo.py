@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 from .assembly import make_loaders
+from .compare import markdown_table
 from .config import load_config
 from .data import ArrayLoader, Batch, BatchPlan
 from .data.seeds import generator
 from .distributed import World
 from .experiment import machine, train
 from .plots import plot_groups
-from .summary import Run, group_runs, histories, markdown_table, statistics_of
+from .summary import Run, group_runs, statistics_of
 
 _CONFIGS = Path(__file__).parent / "configs" / "digits"
 TEACHER_CONFIG = _CONFIGS / "teacher.yaml"
@@ -82,9 +83,9 @@ def run_demo(overrides: Sequence[str], world: World) -> None:
     methods = [statistics_of(group) for group in groups.values()]
     facts = {"teacher_top1": teacher.last, **machine(world), "methods": methods}
     (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    plot_groups(histories(groups), folder / "curves.png", "Digits")
+    plot_groups(groups, folder / "curves.png", "Digits")
     corrected = 100 * statistics_of(groups["Sort-KD"])["corrected"]
-    print(f"\n{markdown_table(groups)}\n\ntest accuracy in percent, mean ± standard deviation over {len(_SEEDS)} seeds")
+    print(f"\n{markdown_table(groups)}\n")
     print(f"{_difference(groups, 'KD', 'CE')}; the teacher has {teacher.last:.2f}%")
     print(f"{_difference(groups, 'Sort-KD', 'KD')}; the teacher erred on {corrected:.1f}% of the rows")
     print(f"\ncurves: {folder / 'curves.png'}; numbers: {folder / 'results.json'}")

@@ -24,7 +24,7 @@ from .guard import NonFiniteLoss
 from .logs import Progress, Row, RunLog
 from .loop import AMP_DTYPES, Trainer, evaluate
 from .models import load_weights
-from .naming import FREE, method_label, run_folder, run_name, teacher_weights
+from .naming import FREE, method_label, run_folder, teacher_weights
 from .plots import plot_run
 from .schema import Config
 from .summary import Run, statistics_of
@@ -131,7 +131,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, *, quiet: bool) -> Run:
     run = Run(folder, config, history)
     if world.is_main:
         (folder / "summary.json").write_text(json.dumps({**statistics_of([run]), **machine(world)}, indent=1) + "\n")
-        plot_run(history, folder / "curves.png", f"{run_name(config)}, seed {config.EXPERIMENT.SEED}")
+        plot_run(run, folder / "curves.png")
     return run
 
 

@@ -16,11 +16,17 @@ FREE = (
 )  # fmt: skip
 # In a folder's name: no path, and nothing of a list that a shell takes for a pattern.
 _IN_A_NAME = str.maketrans("/", "-", " []()'")
-_CORRECTED = {"sort": "Sort-", "swap": "Swap-", "none": ""}
+CORRECTED = {"sort": "Sort-", "swap": "Swap-", "none": ""}
 
 
 def method_label(config: Config) -> str:
     """The method as the field writes it: CE, KD, Sort-DKD, Sort-LSKD+DKD, CTKD, ..."""
+    correction = "none" if config.DISTILLER.TYPE == "NONE" else config.DISTILLER.CORRECTION
+    return CORRECTED[correction] + plain_method(config)
+
+
+def plain_method(config: Config) -> str:
+    """The method whose teacher the correction corrects: the label without its prefix."""
     distiller = config.DISTILLER
     if distiller.TYPE == "NONE":
         return "CE"
@@ -29,7 +35,13 @@ def method_label(config: Config) -> str:
     # CTKD and LSKD are names of KD with a switch on; with DKD under them, DKD is named too.
     if distiller.TYPE == "DKD" or not parts:
         parts.append(distiller.TYPE)
-    return _CORRECTED[distiller.CORRECTION] + "+".join(parts)
+    return "+".join(parts)
+
+
+def pair_label(config: Config) -> str:
+    """The models: teacher → student, or the student that trains alone."""
+    distiller = config.DISTILLER
+    return distiller.STUDENT if distiller.TYPE == "NONE" else f"{distiller.TEACHER} → {distiller.STUDENT}"
 
 
 def run_name(config: Config) -> str:

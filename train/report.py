@@ -12,6 +12,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.summary import Run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,20 +24,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where report.md and .png go instead")
     arguments = parser.parse_args(argv)
-    from train.plots import plot_groups
-    from train.summary import find_runs, group_runs, histories, markdown_table
+    from train.summary import find_runs
 
     try:
-        groups = group_runs(find_runs(arguments.runs))
+        runs = find_runs(arguments.runs)
     except (OSError, ValueError) as error:
         sys.exit(f"{error}")
     out = arguments.out or Path(os.path.commonpath([path.resolve() for path in arguments.runs]))
-    plot = out / "report.png"
-    plot_groups(histories(groups), plot, "Comparison of runs")
-    notes = "Test accuracy in percent, mean ± standard deviation over seeds."
-    text = f"{markdown_table(groups)}\n\n{notes}\n\n![curves]({plot.name})\n"
-    (out / "report.md").write_text(text, encoding="utf-8")
-    print(f"{text}\nreport: {out / 'report.md'} and {plot.name} beside it")
+    print(write_report(runs, out, "Comparison of runs"))
+    print(f"report: {out / 'report.md'} and report.png beside it")
+
+
+def write_report(runs: Sequence[Run], folder: Path, title: str) -> str:
+    """The runs' table, written to `report.md` in `folder` beside the picture `report.png`."""
+    from train.compare import markdown_table
+    from train.plots import plot_groups
+    from train.summary import group_runs
+
+    groups = group_runs(runs)
+    plot_groups(groups, folder / "report.png", title)
+    text = f"{markdown_table(groups)}\n\n![{title}](report.png)\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class DatasetSection(Section):
     TYPE: Literal["cifar100", "imagenet", "imagefolder", "digits"] = "cifar100"
     ROOT: str = "./data"
     NUM_WORKERS: Workers = 2
+    DECODE: Literal["cpu", "cuda"] = "cpu"  # of large images' JPEGs; cuda: by nvJPEG, whose pixels differ a little
     TEST: TestSection = TestSection()
 
 

@@ -1,4 +1,4 @@
-"""Finished runs read back, grouped by seed, and put into a table."""
+"""Finished runs read back, grouped by seed, and summed up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import os
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .config import validate
-from .naming import method_label
+from .naming import method_label, pair_label
 from .schema import Config
 from .yaml_file import read_yaml
 
@@ -90,7 +90,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         folders.setdefault(run.folder.resolve().parent, []).append(run)
     labels = {folder: method_label(group[0].config) for folder, group in folders.items()}
-    pairs = {folder: _pair(group[0].config) for folder, group in folders.items()}
+    pairs = {folder: pair_label(group[0].config) for folder, group in folders.items()}
     names = {folder: f"{folder.parent.name}/{folder.name}" for folder in folders}
     if len(set(names.values())) < len(names):
         names = {folder: os.path.relpath(folder) for folder in folders}
@@ -102,18 +102,13 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {labels[folder]: group for folder, group in folders.items()}
 
 
-def histories(groups: Mapping[str, Sequence[Run]]) -> dict[str, list[list[Row]]]:
-    """The groups' rows of numbers alone, for a plot."""
-    return {label: [run.history for run in group] for label, group in groups.items()}
-
-
 def statistics_of(group: Sequence[Run]) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds of a group, and what else a table tells."""
     first = group[0]
     epochs = [row for run in group for row in run.history]
     return {
         "method": method_label(first.config),
-        "pair": _pair(first.config),
+        "pair": pair_label(first.config),
         "seeds": [run.config.EXPERIMENT.SEED for run in group],
         "epochs": min(len(run.history) for run in group),
         "planned_epochs": first.config.SOLVER.EPOCHS,
@@ -129,26 +124,3 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, sample standard deviation and the values themselves."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
-
-
-def markdown_table(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The comparison as a markdown table."""
-    header = ["", "models", "seeds", "epochs", "top-1 best", "top-1 last", "corrected rows", "s per epoch"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for label, group in groups.items():
-        facts = statistics_of(group)
-        planned = "" if facts["epochs"] == facts["planned_epochs"] else f" of {facts['planned_epochs']}"
-        cells = [label, facts["pair"], str(len(group)), f"{facts['epochs']}{planned}"]
-        cells += [_plus_minus(facts["best"]), _plus_minus(facts["last"])]
-        cells += [f"{100 * facts['corrected']:.1f}%", f"{facts['seconds_per_epoch']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _plus_minus(values: Mapping[str, Any]) -> str:
-    return f"{values['mean']:.2f}" + ("" if values["std"] is None else f" ± {values['std']:.2f}")
-
-
-def _pair(config: Config) -> str:
-    distiller = config.DISTILLER
-    return distiller.STUDENT if distiller.TYPE == "NONE" else f"{distiller.TEACHER} → {distiller.STUDENT}"

@@ -45,6 +45,7 @@ def build_loaders(
     world_size: int = 1,
     views: int = 0,
     view_seed: int | None = None,
+    decode: str = "cpu",
 ) -> Loaders:
     """The loaders of `dataset`, one of `DATASETS`, whose files are in `root` (the digits need none).
 
@@ -59,6 +60,7 @@ def build_loaders(
         rank: this process among `world_size`, which share out every global batch.
         world_size: how many processes train together.
         views: M > 0 fixes M augmented views for each image, one of which it shows each epoch; 0 augments afresh.
+        decode: where JPEGs of large images are decoded, cpu or cuda; on a GPU their pixels differ by a few levels.
         view_seed: fixes the views, `seed` where None. Runs of several seeds with one `view_seed` share a teacher cache.
     """
     root = Path(root).expanduser()
@@ -81,7 +83,9 @@ def build_loaders(
         plan = BatchPlan(samples, size, shuffle=train, seed=seed, rank=rank, world_size=world_size)
         fixed = {"views": views, "view_seed": seed if view_seed is None else view_seed} if train else {}
         if isinstance(split, Listing):
-            return StreamLoader(split, plan, device=device, train=train, num_workers=num_workers, **fixed)
+            return StreamLoader(
+                split, plan, device=device, train=train, num_workers=num_workers, decode=decode, **fixed
+            )
         # A 32 x 32 image's border of 4, in proportion. The digits are too small and too even to gain from either.
         augment = train and dataset != "digits"
         padding = split.image_shape[1] // 8 if augment else 0

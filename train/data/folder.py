@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision has announced that it will leave decoding to TorchCodec; PIL is slower, and stays
+    ImageReadMode = decode_jpeg = None
 
 # How whole files of these kinds begin and end; of any other file, decoding it tells.
 _WHOLE = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"))
@@ -68,12 +74,21 @@ class Listing:
         """The file of image `index`."""
         return self.root / os.fsdecode(bytes(self._paths[index]))
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index`, decoded, RGB."""
+    def file(self, index: int) -> Tensor:
+        """Image `index` as it lies on the disk: uint8 ``[bytes]``."""
+        return torch.from_numpy(np.fromfile(self.path(index), np.uint8))
+
+    def read(self, index: int) -> Tensor:
+        """Image `index`, decoded, RGB: uint8 ``[3, H, W]``, in memory a pixel's three values together."""
         path = self.path(index)
         try:
+            if decode_jpeg is not None and path.suffix.lower() in (".jpg", ".jpeg"):
+                # The same libjpeg-turbo as PIL's, so the same pixels, but written once, where PIL copies them twice.
+                # What it refuses is left to PIL: other formats under that name, and the words for a damaged file.
+                with suppress(RuntimeError):
+                    return decode_jpeg(self.file(index), ImageReadMode.RGB)
             with Image.open(path) as image:
-                return _eight_bits(image).convert("RGB")
+                return torch.from_numpy(np.array(_eight_bits(image).convert("RGB"))).permute(2, 0, 1)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # PIL's, for a broken PNG the third
             raise ValueError(f"cannot read the image {path}: {error}; remove it or fetch it again") from error
 
@@ -130,19 +145,20 @@ class _SameSize(Dataset[Tensor]):
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
-        self.size = listing.read(0).size
+        self.size = listing.read(0).shape[1:]
 
     def __len__(self) -> int:
         return len(self.listing)
 
     def __getitem__(self, index: int) -> Tensor:
         image = self.listing.read(index)
-        if image.size != self.size:
+        if image.shape[1:] != self.size:
+            (height, width), (rows, columns) = self.size, image.shape[1:]
             raise ValueError(
-                f"expected every image of {self.listing.root} of the first one's size, {self.size[0]} x "
-                f"{self.size[1]}, got {image.size[0]} x {image.size[1]} in {self.listing.path(index)}"
+                f"expected every image of {self.listing.root} of the first one's size, {width} x "
+                f"{height}, got {columns} x {rows} in {self.listing.path(index)}"
             )
-        return torch.from_numpy(np.array(image))
+        return image.permute(1, 2, 0)
 
 
 def decode_all(listing: Listing, num_workers: int) -> Tensor:

@@ -69,7 +69,7 @@ def imagenet(root: Path) -> Splits:
 def imagefolder(root: Path, num_workers: int) -> Splits:
     """Any ImageFolder tree: in memory where its images are small, normalised by their own mean and deviation."""
     train, test = _listings("imagefolder", root, ("test", "val"))
-    if max(train.read(0).size) > SMALL:
+    if max(train.read(0).shape[1:]) > SMALL:
         return Splits(train, test, num_classes=len(train.classes))
     return _in_memory(train, test, num_workers)
 
