@@ -14,11 +14,22 @@ import torch
 from . import sources
 from .array import ArrayData, ArrayLoader
 from .folder import Listing
-from .loader import Batch, Loader
+from .loader import Batch, Inputs, Loader
 from .plan import BatchPlan
 from .stream import StreamLoader
 
-__all__ = ["DATASETS", "ArrayData", "ArrayLoader", "Batch", "BatchPlan", "Loader", "Loaders", "build_loaders"]
+__all__ = [
+    "DATASETS",
+    "ArrayData",
+    "ArrayLoader",
+    "Batch",
+    "BatchPlan",
+    "Inputs",
+    "Loader",
+    "Loaders",
+    "build_loaders",
+    "evaluation_batch",
+]
 
 DATASETS = ("cifar100", "imagenet", "imagefolder", "digits")
 
@@ -30,6 +41,11 @@ class Loaders(NamedTuple):
     test: Loader
     num_classes: int
     image_shape: tuple[int, int, int]
+
+
+def evaluation_batch(asked: int, device: torch.device, *, small: bool) -> int:
+    """Test images a batch: as asked for, but on a GPU at least as many as keep it busy; no number depends on it."""
+    return asked if device.type == "cpu" else max(asked, 1000 if small else 256)
 
 
 def build_loaders(
@@ -52,7 +68,7 @@ def build_loaders(
         dataset: cifar100 (official files, downloaded where missing, or a tree), imagenet, imagefolder, digits.
         root: the folder of the data.
         batch_size: training images a batch, on each rank.
-        test_batch_size: test images a batch, on each rank.
+        test_batch_size: test images a batch, on each rank; on a GPU see `evaluation_batch`.
         num_workers: processes that decode images.
         device: where batches go, and where small images live.
         seed: with the epoch, determines order and augmentation.
@@ -77,7 +93,8 @@ def build_loaders(
 
     def loader(split: ArrayData | Listing, train: bool) -> Loader:
         samples = len(split) if isinstance(split, Listing) else len(split.labels)
-        size = batch_size if train else test_batch_size
+        small = not isinstance(split, Listing)
+        size = batch_size if train else evaluation_batch(test_batch_size, device, small=small)
         plan = BatchPlan(samples, size, shuffle=train, seed=seed, rank=rank, world_size=world_size)
         fixed = {"views": views, "view_seed": seed if view_seed is None else view_seed} if train else {}
         if isinstance(split, Listing):
