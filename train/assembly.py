@@ -68,7 +68,8 @@ def make_model(
 ) -> nn.Module:
     """The model that the configuration names under `key`, DISTILLER.STUDENT or DISTILLER.TEACHER."""
     kind = config.DATASET.TYPE
-    if kind == "imagefolder":  # it has no models of its own, and the two zoos' networks fit its images by their size
+    if kind in ("cifar10", "tiny_imagenet", "imagefolder"):
+        # They have no models of their own, and the two zoos' networks fit images by their size.
         kind = "cifar100" if image_shape[-1] <= 64 else "imagenet"
     name = config.DISTILLER.STUDENT if key == "DISTILLER.STUDENT" else config.DISTILLER.TEACHER
     try:
@@ -128,9 +129,13 @@ def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:
     try:
         model = make_model("DISTILLER.TEACHER", config, loaders.num_classes, loaders.image_shape, weights)
     except FileNotFoundError as error:
+        kind = config.DATASET.TYPE
+        file = (
+            f"{kind}/vanilla.yaml" if kind in ("imagenet", "digits") else f"cifar100/vanilla.yaml DATASET.TYPE {kind}"
+        )
         raise ConfigError(
             f"TEACHER.WEIGHTS: {error}; train this teacher with `python train/run.py --cfg "
-            f"train/configs/{config.DATASET.TYPE}/vanilla.yaml DISTILLER.STUDENT {name}` and give its checkpoint, or "
+            f"train/configs/{file} DISTILLER.STUDENT {name}` and give its checkpoint, or "
             f"unpack mdistiller's cifar_teachers.tar (its release `checkpoints` on GitHub) into {config.TEACHER.ROOT}"
         ) from error
     check_fits("DISTILLER.TEACHER", model, loaders.num_classes, loaders.image_shape)

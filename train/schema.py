@@ -64,7 +64,7 @@ class TestSection(Section):
 
 
 class DatasetSection(Section):
-    TYPE: Literal["cifar100", "imagenet", "imagefolder", "digits"] = "cifar100"
+    TYPE: Literal["cifar100", "cifar10", "tiny_imagenet", "imagenet", "imagefolder", "digits"] = "cifar100"
     ROOT: str = "./data"
     NUM_WORKERS: Workers = 2
     TEST: TestSection = TestSection()

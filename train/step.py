@@ -27,7 +27,7 @@ class TrainingStep:
     """Images, teacher, student, loss, backward pass, update and sums of one batch.
 
     `model` is the distiller, or what DDP made of it; `teacher` is None where a cache serves its logits with the images
-    or where there is none. A batch is computed in `parts`, one after the other, for less memory.
+    or where there is none. A whole batch is computed in `parts`, one after the other, for less memory.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class TrainingStep:
         meter: Meter, guard: Guard, *, amp: torch.dtype | None, parts: int,
     ) -> None:  # fmt: skip
         self.loader, self.model, self.teacher, self.loss = loader, model, teacher, loss
-        self.solver, self.meter, self.guard, self.amp, self.parts = solver, meter, guard, amp, parts
+        self.solver, self.meter, self.guard, self.amp = solver, meter, guard, amp
+        self.part_size = -(-loader.plan.batch_size // parts)
 
     def __call__(self, count: int, share: float, warm_up: float) -> None:
         """The step of the next `count` images, which are `share` of what the other ranks have on average."""
@@ -46,7 +47,7 @@ class TrainingStep:
             teacher = None if cached is None else cached.float()
         self.solver.optimizer.zero_grad(set_to_none=True)
         outs, logits, start = [], [], 0
-        for part in images.chunk(self.parts):
+        for part in images.chunk(-(-count // self.part_size)):
             rows = slice(start, start := start + len(part))
             last = start == count
             # Gradients are averaged over the ranks once a batch.

@@ -31,7 +31,7 @@ __all__ = [
     "evaluation_batch",
 ]
 
-DATASETS = ("cifar100", "imagenet", "imagefolder", "digits")
+DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "imagenet", "imagefolder", "digits")
 
 
 class Loaders(NamedTuple):
@@ -65,7 +65,8 @@ def build_loaders(
     """The loaders of `dataset`, one of `DATASETS`, whose files are in `root` (the digits need none).
 
     Args:
-        dataset: cifar100 (official files, downloaded where missing, or a tree), imagenet, imagefolder, digits.
+        dataset: cifar100 and cifar10 (official files, downloaded where missing, or a tree), tiny_imagenet (as its
+            archive has it, or a tree), imagenet, imagefolder, digits.
         root: the folder of the data.
         batch_size: training images a batch, on each rank.
         test_batch_size: test images a batch, on each rank; on a GPU see `evaluation_batch`.
@@ -80,12 +81,10 @@ def build_loaders(
     root = Path(root).expanduser()
     if views < 0:
         raise ValueError(f"build_loaders: expected views of 0 or more, got {views}")
-    if dataset == "cifar100":
-        splits = sources.cifar100(root, num_workers)
+    if dataset in ("cifar100", "cifar10", "tiny_imagenet", "imagefolder"):
+        splits = getattr(sources, dataset)(root, num_workers)
     elif dataset == "imagenet":
         splits = sources.imagenet(root)
-    elif dataset == "imagefolder":
-        splits = sources.imagefolder(root, num_workers)
     elif dataset == "digits":
         splits = sources.digits()
     else:
