@@ -2,8 +2,11 @@
 
 import copy
 import math
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -356,12 +359,42 @@ def test_runs_that_take_turns_are_the_runs_alone(tmp_path, teacher, monkeypatch)
         assert files[0] == files[1]
 
 
+def test_killed_runs_that_take_turns_go_on(tmp_path, teacher):
+    """kill -9 at two moments, with everything in play that a checkpoint holds."""
+    solver = ["SOLVER.EPOCHS", "8", "SOLVER.EMA", "0.9", "SOLVER.SCHEDULE", "cosine", "SOLVER.WARMUP", "2"]
+    words = [*solver, "SOLVER.TYPE", "AdamW", "SOLVER.AMP", "fp16", "SOLVER.LR", "0.002", "EXPERIMENT.NAME", "killed"]
+    words = tiny_words(tmp_path, teacher, *words)
+    command = ["--cfg", str(CONFIGS / "digits" / "kd.yaml"), "--seeds", "1", "2", "--together", "--resume", *words]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train.commands", "sklearn.datasets"])
+    folder = tmp_path / "digits" / "killed"
+    for epoch in (2, 5):
+        process = processes.Process(target=main, args=(command,))
+        process.start()
+        while process.is_alive() and not (folder / "seed_1" / "checkpoints" / f"epoch_{epoch:04d}.pth").exists():
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the runs ended before they could be killed"
+    configs = [load_config(CONFIGS / "digits" / "kd.yaml", [*words, "EXPERIMENT.SEED", seed]) for seed in "12"]
+    for run, seed in zip(train_together(configs, CPU, resume=True, quiet=True), "12", strict=True):
+        alone = [*words, "EXPERIMENT.SEED", seed, "LOG.PREFIX", str(tmp_path / "alone")]
+        other = train(load_config(CONFIGS / "digits" / "kd.yaml", alone), CPU, quiet=True)
+        left, right = final_state(run.folder), final_state(other.folder)
+        assert_same_state(left, right)
+        torch.testing.assert_close(dict(left["averaged_from"]), dict(right["averaged_from"]), rtol=0, atol=0)
+        assert learning(run.history) == learning(other.history)
+
+
 def test_a_run_that_fails_leaves_the_others_going(tmp_path, teacher):
     configs = [
         tiny(tmp_path, teacher, "EXPERIMENT.SEED", str(seed), "SOLVER.LR", lr)
         for seed, lr in ((1, "0.05"), (2, "1e30"), (3, "0.05"))
     ]
-    first, broken, last = train_together(configs, CPU, quiet=True)
+    with pytest.warns(
+        UserWarning, match="run 2 of 3 ended with NonFiniteLoss: expected a finite loss.*the others go on"
+    ):
+        first, broken, last = train_together(configs, CPU, quiet=True)
     assert isinstance(broken, NonFiniteLoss) and "epoch 1, step 2" in str(broken)
     for run in (first, last):
         alone = train(tiny(tmp_path / "alone", teacher, "EXPERIMENT.SEED", run.folder.name[-1]), CPU, quiet=True)

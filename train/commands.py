@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .checkpoint import DamagedCheckpoint, read
 from .config import ConfigError, load_config, merge, published_pairs, validate
 from .describe import describe
 from .distributed import World, join
-from .ending import in_words
+from .ending import MENDABLE, in_words
 from .experiment import check_new, evaluate_checkpoint, train, train_together, where_to_go_on
 from .plots import plot_groups
 from .schema import Config
@@ -62,6 +63,9 @@ def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool, toget
         ends = train_together(configs, world, resume=resume)
         runs = [end for end in ends if not isinstance(end, Exception)]
         errors = [(c.EXPERIMENT.SEED, e) for c, e in zip(configs, ends, strict=True) if isinstance(e, Exception)]
+        for _, error in errors:
+            if not isinstance(error, MENDABLE):
+                traceback.print_exception(error)
         if errors:
             done = f"\nfinished: {', '.join(str(run.folder) for run in runs)}" if runs else ""
             sys.exit("\n".join(f"seed {seed}: {type(end).__name__}: {end}" for seed, end in errors) + done)

@@ -35,7 +35,9 @@ class Trainer:
         self.history: list[Row] = []
         device, solver, train = world.device, config.SOLVER, loaders.train
         self.distiller = distiller.to(device, memory_format=torch.channels_last)
-        self.solver = Solver(config, self.distiller, device)  # before the compiler: an average is a copy
+        # DDP's own streams and buckets need a warm-up and settings of their own to be captured: left out.
+        graphs = solver.GRAPH == "auto" and world.size == 1
+        self.solver = Solver(config, self.distiller, device, graphs=graphs)  # before the compiler: an average is a copy
         if solver.COMPILE:
             self.distiller.student.compile(dynamic=False)
         self.amp = AMP_DTYPES[solver.AMP]
@@ -47,8 +49,6 @@ class Trainer:
             train, wrap(self.distiller, world), teacher if isinstance(teacher, FrozenTeacher) else None,
             build_loss(config), self.solver, self.meter, self.guard, amp=self.amp, parts=solver.ACCUMULATION,
         )  # fmt: skip
-        # DDP's own streams and buckets need a warm-up and settings of their own to be captured: left out.
-        graphs = solver.GRAPH == "auto" and world.size == 1
         self._train_step = Graphed(self.step, device, enabled=graphs, name="training step")
         self.evaluation = Evaluation(self.tested, loaders.test, world, self.amp, graphs=graphs)
 

@@ -26,10 +26,10 @@ class Solver:
     overflowed from the device: so a captured update follows them.
     """
 
-    def __init__(self, config: Config, distiller: Distiller, device: torch.device) -> None:
+    def __init__(self, config: Config, distiller: Distiller, device: torch.device, *, graphs: bool) -> None:
         self.clip = config.SOLVER.CLIP_NORM
         self.parameters = list(distiller.parameters())
-        self.optimizer = build_optimizer(config, self.parameters, device)
+        self.optimizer = build_optimizer(config, self.parameters, device, graphs=graphs)
         self.schedule = build_schedule(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.SOLVER.AMP == "fp16")
         self._lr_on_device = torch.zeros((), device=device) if device.type == "cuda" else None
@@ -101,12 +101,14 @@ class Average:
             own.copy_(other)
 
 
-def build_optimizer(config: Config, parameters: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
-    """SOLVER.TYPE over `parameters`."""
+def build_optimizer(
+    config: Config, parameters: list[Tensor], device: torch.device, *, graphs: bool
+) -> torch.optim.Optimizer:
+    """SOLVER.TYPE over `parameters`; with `graphs` its update may be captured."""
     solver, on_gpu = config.SOLVER, device.type == "cuda"
     options: dict[str, Any] = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_gpu or None}
     if solver.TYPE == "AdamW":
-        return torch.optim.AdamW(parameters, **options, capturable=on_gpu)
+        return torch.optim.AdamW(parameters, **options, capturable=on_gpu and graphs)
     return torch.optim.SGD(parameters, **options, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
 
 

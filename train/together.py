@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -73,8 +74,13 @@ def take_turns(runs: Sequence[Generator[None, None, T]], device: torch.device) -
                         next(steps)
                 except StopIteration as done:
                     ends[slot] = done.value
-                except Exception as error:  # its own end: the other runs go on
+                except Exception as error:  # its own end, and not the others'
                     ends[slot] = error
+                    reason = (str(error).splitlines() or [""])[0]
+                    warnings.warn(
+                        f"run {slot + 1} of {len(runs)} ended with {type(error).__name__}: {reason}; the others go on",
+                        stacklevel=2,
+                    )
     finally:
         for steps in runs:
             steps.close()
