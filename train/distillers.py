@@ -55,7 +55,8 @@ def build_loss(config: Config) -> Loss:
     def cross_entropy(
         student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, warm_up: float
     ) -> SortKDOutput:
-        loss = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), labels)
+        wide = torch.promote_types(student.dtype, torch.float32)
+        loss = F.cross_entropy(student.to(wide), labels)
         return SortKDOutput(loss, torch.zeros_like(loss), loss.detach(), torch.zeros_like(labels, dtype=torch.int32))
 
     def kd(

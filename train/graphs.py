@@ -6,8 +6,10 @@ memory that stays where it is, waits for nothing, and has run before on the stre
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -58,7 +60,7 @@ class Graphed:
         try:
             # thread_local: the data loader's thread that pins memory may do so meanwhile.
             stream = torch.cuda.current_stream(self._device)
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 self.function(*constants)
         except RuntimeError as error:
             # The generator that a failed capture leaves refuses to draw.
@@ -74,6 +76,19 @@ class Graphed:
         if len(self._graphs) == _KEPT:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[constants] = graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Free what Python holds in cycles, as the graphs of a run that is over, now and not in the middle of a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

@@ -23,7 +23,7 @@ class Guard:
 
     def __init__(self, rows: int, num_classes: int, device: torch.device) -> None:
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # up to the one that is kept
-        self._parts = torch.zeros(3, device=device)
+        self._parts = torch.zeros(3, dtype=torch.float64, device=device)
         self._student, self._teacher = torch.zeros(2, rows, num_classes, device=device)
 
     def reset(self) -> None:

@@ -19,7 +19,7 @@ from .meter import Meter
 from .schema import Config
 from .solver import AMP_DTYPES, Solver
 from .step import EvaluationStep, TrainingStep
-from .teacher import CachedTeacher, FrozenTeacher, Teacher
+from .teacher import CachedTeacher, Teacher
 
 # What a loop hands out: nothing after every step, so that other runs may have a turn, and its numbers at the end.
 Steps = Generator[None, None, Row]
@@ -46,7 +46,7 @@ class Trainer:
         if isinstance(teacher, CachedTeacher):
             train.use_cache(teacher.rows, loaders.num_classes)
         self.step = TrainingStep(
-            train, wrap(self.distiller, world), teacher if isinstance(teacher, FrozenTeacher) else None,
+            train, wrap(self.distiller, world), None if isinstance(teacher, CachedTeacher) else teacher,
             build_loss(config), self.solver, self.meter, self.guard, amp=self.amp, parts=solver.ACCUMULATION,
         )  # fmt: skip
         self._train_step = Graphed(self.step, device, enabled=graphs, name="training step")
