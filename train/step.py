@@ -1,7 +1,9 @@
 """One training step and one step of an evaluation, as functions over memory that stays where it is.
 
 The host calls them on a CPU and replays them as CUDA graphs on a GPU (`graphs.py`): they take constants, read what the
-loader has put on the device, and leave weights and sums there.
+loader has put on the device, and leave weights and sums there. Of the numbers that change during a run the learning
+rate, the loss scale and CTKD's reversal are read from the device; the size of a batch and DKD's warm-up factor are
+constants, for each value of which a step is captured again.
 """
 
 from __future__ import annotations
