@@ -2,7 +2,8 @@
 
 Two pairs of the field at batch 64, on CIFAR-100's shapes. Every step runs each phase once: data, the teacher live and
 from the cache, the student's forward pass, the loss with its gradient on the logits (the paper's eager chain and the
-fused op, in turn first), the student's backward pass, the optimizer. Totals are sums of the phases' medians. Writes
+fused op, in turn first), the student's backward pass, the optimizer. Totals are sums of the phases' medians. Then the
+trainer's whole step and a plain loop's, in turn: what the trainer costs beside the arithmetic. Writes
 `bench_step.csv`, `.md` and `.png` to `benchmarks/results/`; `--quick` takes one pair and three steps, and writes to
 `runs/bench_quick/`.
 """
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -32,8 +33,13 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import sortkd_kernels as sk
-from train.data import ArrayData, ArrayLoader, Batch, BatchPlan
+from train.config import load_config
+from train.data import ArrayData, ArrayLoader, Batch, BatchPlan, Loaders
 from train.data.sources import CIFAR_MEAN, CIFAR_STD
+from train.distillers import Distiller
+from train.distributed import World
+from train.logs import Progress
+from train.loop import Trainer
 from train.models import build_model
 from train.teacher import CachedTeacher, CacheKey, FrozenTeacher
 from train.teacher.cache import write_cache
@@ -50,6 +56,8 @@ AT_ONCE = 48  # batches of a sample of the data phase: the loader augments a few
 EAGER, FUSED = "loss, paper eager", "loss, fused"
 LIVE, CACHED = "teacher, live", "teacher, cached"
 COMMON = ("data", "student forward", "student backward", "optimizer")
+PLAIN, TRAINER, OFF = "whole step, plain loop", "whole step, trainer", "whole step, trainer, graph off"
+TARGET = 1.05  # the trainer's step over the plain loop's
 PHASES = ("data", LIVE, CACHED, "student forward", EAGER, FUSED, "student backward", "optimizer")
 # What a step is made of, by the choice of loss and teacher.
 STEPS = {
@@ -136,7 +144,7 @@ def cache_of_noise(folder: Path, batch: Batch) -> CachedTeacher:
     path = key.path(folder)
     write_cache(path, key, logits.split(10_000))
     cached = CachedTeacher(path, key)
-    torch.testing.assert_close(cached.logits(batch).cpu(), logits[batch.view * SAMPLES + batch.index].half().float())
+    torch.testing.assert_close(cached.rows(batch.view, batch.index), logits[batch.view * SAMPLES + batch.index].half())
     return cached
 
 
@@ -156,8 +164,8 @@ def measure(names: tuple[str, str], loader: ArrayLoader, folder: Path, steps: in
         if step == WARM_UP:
             watch.seconds.clear()
         batch = next(batches)
-        t = watch.time(LIVE, lambda: teacher.logits(batch))  # noqa: B023 (called at once)
-        watch.time(CACHED, lambda: cached.logits(batch))  # noqa: B023
+        t = watch.time(LIVE, lambda: teacher.logits(batch.images))  # noqa: B023 (called at once)
+        watch.time(CACHED, lambda: cached.rows(batch.view, batch.index).to(device).float())  # noqa: B023
         s = watch.time("student forward", lambda: student(batch.images))  # noqa: B023
         target = labels_for(t, generator)
         losses = {EAGER: eager, FUSED: fused}
@@ -176,8 +184,45 @@ def measure(names: tuple[str, str], loader: ArrayLoader, folder: Path, steps: in
     return {phase: Spread.of(watch.seconds[phase]) for phase in PHASES}
 
 
-def rows_of(pair: str, times: dict[str, Spread]) -> list[Row]:
-    """The phases, then the steps."""
+def plain_loop(names: tuple[str, str], loader: ArrayLoader) -> Iterator[None]:
+    """Training as a textbook writes it, without a metric or a check; pauses after every step."""
+    student = build_model(names[1], CLASSES).to(loader.device, memory_format=torch.channels_last)
+    teacher = FrozenTeacher(build_model(names[0], CLASSES).to(loader.device))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for batch in loader:
+        optimizer.zero_grad()
+        fused(student(batch.images), teacher.logits(batch.images), batch.labels).backward()
+        optimizer.step()
+        yield
+
+
+def trainer_loop(names: tuple[str, str], loader: ArrayLoader, *overrides: str) -> Iterator[None]:
+    """The same by the trainer, with all that it does in an epoch; pauses after every step."""
+    config = load_config(ROOT / "train" / "configs" / "cifar100" / "kd.yaml", overrides, pair=names)
+    teacher = FrozenTeacher(build_model(names[0], CLASSES).to(loader.device))
+    distiller = Distiller(build_model(names[1], CLASSES), config)
+    loaders = Loaders(loader, loader, CLASSES, (3, 32, 32))
+    trainer = Trainer(config, loaders, distiller, teacher, World(loader.device))
+    return trainer.train_epoch(1, Progress("", len(loader), 1, 0, shown=False), None)
+
+
+def whole_steps(names: tuple[str, str], new_loader: Callable[[], ArrayLoader], steps: int) -> dict[str, Spread]:
+    """A step of each loop in turn, `steps` times: a change of the machine's speed meets all of them."""
+    loader = new_loader()
+    loops = {PLAIN: plain_loop(names, loader), TRAINER: trainer_loop(names, new_loader())}
+    if loader.device.type == "cuda":  # on a CPU nothing is captured
+        loops[OFF] = trainer_loop(names, new_loader(), "SOLVER.GRAPH", "off")
+    watch = Stopwatch(loader.device)
+    for step in range(2 * WARM_UP + steps):  # a step is captured after three
+        if step == 2 * WARM_UP:
+            watch.seconds.clear()
+        for name, loop in sorted(loops.items(), reverse=bool(step % 2)):
+            watch.time(name, lambda: next(loop))  # noqa: B023 (called at once)
+    return {name: Spread.of(watch.seconds[name]) for name in loops}
+
+
+def rows_of(pair: str, times: dict[str, Spread], wholes: dict[str, Spread]) -> list[Row]:
+    """The phases, then the steps as their sums, then the steps as they are run."""
     totals = {name: sum(times[x].median for x in (*COMMON, *parts)) for name, parts in STEPS.items()}
     whole = totals["fused, live teacher"]
     rows = [
@@ -186,7 +231,8 @@ def rows_of(pair: str, times: dict[str, Spread]) -> list[Row]:
         for phase, spread in times.items()
     ]  # fmt: skip
     runs = next(iter(times.values())).runs
-    return rows + [Row(pair, f"step: {name}", 1e6 * total, None, None, runs, None) for name, total in totals.items()]
+    rows += [Row(pair, f"step: {name}", 1e6 * total, None, None, runs, None) for name, total in totals.items()]
+    return rows + [Row(pair, name, *(1e6 * x for x in s[:3]), s.runs, None) for name, s in wholes.items()]
 
 
 def markdown(rows: list[Row], facts: dict[str, str]) -> str:
@@ -207,6 +253,7 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
         ]  # fmt: skip
         live, cached = (mine[x].median_us / 1e6 for x in (LIVE, CACHED))
         steps = [mine[f"step: {name}"].median_us / 1e6 for name in STEPS]
+        cost = mine[TRAINER].median_us / mine[PLAIN].median_us
         text += [
             "", f"## {pair}", "", *table(["phase", "median", "quartiles", "share"], lines), "",
             f"- The fused op takes the loss from {duration(mine[EAGER].median_us)} to "
@@ -216,6 +263,8 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
             f"{SAMPLES:,} images: reading takes {cached * batches:.2f} s. An epoch is {steps[1] / steps[2]:.2f} times "
             f"shorter. Filling M views costs M of the teacher's epochs, once. {VIEWS} views take "
             f"{VIEWS * SAMPLES * CLASSES * 2 / 2**20:.0f} MiB.",
+            f"- The trainer's step takes {cost:.3f} of a plain loop's, target at most {TARGET}: "
+            f"{'pass' if cost <= TARGET else '**missed**'}.",
         ]  # fmt: skip
     return "\n".join([*text, ""])
 
@@ -264,12 +313,16 @@ def main() -> None:
     images = torch.randint(256, (SAMPLES, 32, 32, 3), dtype=torch.uint8, generator=generator)
     data = ArrayData(images, torch.zeros(SAMPLES, dtype=torch.long), CIFAR_MEAN, CIFAR_STD)
     plan = BatchPlan(SAMPLES, BATCH, shuffle=True, seed=0)
-    loader = ArrayLoader(data, plan, device=device, padding=4, flip=True, views=VIEWS)
+
+    def loader(views: int = 0) -> ArrayLoader:
+        return ArrayLoader(data, plan, device=device, padding=4, flip=True, views=views)
+
     rows: list[Row] = []
     for names in PAIRS[1:] if args.quick else PAIRS:
+        steps = args.steps or (3 if args.quick else 20)
         with tempfile.TemporaryDirectory() as folder:
-            times = measure(names, loader, Path(folder), args.steps or (3 if args.quick else 20))
-        rows += rows_of("->".join(names), times)
+            times = measure(names, loader(VIEWS), Path(folder), steps)
+        rows += rows_of("->".join(names), times, whole_steps(names, loader, steps))
     output.mkdir(parents=True, exist_ok=True)
     with (output / "bench_step.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])

@@ -12,10 +12,10 @@ import torch
 pytest.importorskip("torchvision", reason="the train extra is not installed")
 from PIL import Image
 from test_data import CLOSE, build, epoch_of, make_tree, same, stacked
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as TF
 
-from train.data.sources import CIFAR_MEAN, CIFAR_STD
+from train.data.sources import CIFAR10_MEAN, CIFAR10_STD, CIFAR_MEAN, CIFAR_STD
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,52 @@ def test_official_cifar100_files(tmp_path, monkeypatch):
     torch.testing.assert_close(stacked(epoch_of(loaders.test))[0], TF.normalize(raw, CIFAR_MEAN, CIFAR_STD), **CLOSE)
 
 
+def test_official_cifar10_files(tmp_path, monkeypatch):
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
+
+    def write(name, entry):
+        (folder / name).write_bytes(pickle.dumps(entry))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batches = [write(f"data_batch_{i}", {"data": pixels, "labels": [i] * 10}) for i in range(3)]
+    monkeypatch.setattr(CIFAR10, "train_list", batches)
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", {"data": pixels, "labels": list(range(10))})])
+    name, digest = write("batches.meta", {"label_names": [f"c{i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"filename": name, "md5": digest})
+    loaders = build("cifar10", tmp_path)
+    assert (loaders.num_classes, loaders.train.samples, loaders.image_shape) == (10, 30, (3, 32, 32))
+    raw = torch.from_numpy(pixels).view(10, 3, 32, 32) / 255
+    images, labels = stacked(epoch_of(loaders.test))
+    torch.testing.assert_close(images, TF.normalize(raw, CIFAR10_MEAN, CIFAR10_STD), **CLOSE)
+    assert labels.tolist() == list(range(10)) and loaders.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_tiny_imagenet_as_it_comes(tmp_path):
+    """Its val/ has all images in one folder and their classes in a file; arranged by class it is the same data."""
+    arranged = make_tree(tmp_path / "arranged", [(64, 64)], splits=("train", "val"))
+    root = tmp_path / "archive"
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for number, path in enumerate(sorted((arranged / "val").rglob("*.png"), reverse=True)):
+        shutil.copy(path, root / "val" / "images" / f"val_{number:02d}.png")
+        lines.append(f"val_{number:02d}.png\t{path.parent.name}\t0\t0\t63\t63")
+    for path in (arranged / "train").rglob("*.png"):
+        (root / "train" / path.parent.name / "images").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / "train" / path.parent.name / "images" / path.name)
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    ours, theirs = build("tiny_imagenet", root), build("tiny_imagenet", arranged)
+    assert (ours.num_classes, ours.image_shape) == (3, (3, 64, 64)) and ours.train.padding == 8
+    assert same(epoch_of(ours.train, 1), epoch_of(theirs.train, 1))
+    images, labels = stacked(epoch_of(ours.test))
+    expected = stacked(epoch_of(theirs.test))
+    assert torch.equal(images, expected[0].flip(0)) and torch.equal(labels, expected[1].flip(0))
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"a class of train/ for each image in \S+, got none for val_00\.png"):
+        build("tiny_imagenet", root)
+
+
 def test_digits():
     pytest.importorskip("sklearn")
     loaders = build("digits", "unused", batch_size=100)
@@ -177,7 +223,7 @@ def test_trees_that_do_not_fit(tmp_path):
 
 
 def test_arguments_are_checked(small_tree):
-    with pytest.raises(ValueError, match="expected a data set out of cifar100, imagenet, imagefolder, digits, got 'x'"):
+    with pytest.raises(ValueError, match=r"expected a data set out of cifar100, cifar10, .*, digits, got 'x'"):
         build("x", small_tree)
     with pytest.raises(ValueError, match="expected views of 0 or more, got -1"):
         build("cifar100", small_tree, views=-1)

@@ -71,9 +71,14 @@ def assert_cache_is_the_teacher(cached, model, loaders, epochs=3):
     for epoch in range(epochs):
         loaders.train.set_epoch(epoch)
         for batch in loaders.train:
-            logits = cached.logits(batch)
+            logits = cached.rows(batch.view, batch.index).float()
             assert logits.dtype == torch.float32
-            torch.testing.assert_close(logits, live.logits(batch), **HALF)
+            torch.testing.assert_close(logits, live.logits(batch.images), **HALF)
+    # Served with the images, it says the same.
+    loaders.train.use_cache(cached.rows, logits.shape[1])
+    for part in loaders.train.parts():
+        images, _, served = loaders.train.read(len(part.index))
+        torch.testing.assert_close(served.float(), live.logits(images), **HALF)
 
 
 @pytest.fixture(autouse=True)
@@ -96,14 +101,14 @@ def test_frozen_for_good(tree):
     assert not any(m.training for m in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
     for batch in loaders.train:
-        teacher.logits(batch)
+        teacher.logits(batch.images)
     assert state_digest(model) == before, "the running statistics moved"
 
 
 def test_logits_serve_any_loss(tree):
-    """Autograd may save them for a backward pass, which it refuses for tensors made in inference mode."""
+    """Autograd may save them for a backward pass, which it would refuse for tensors made in inference mode."""
     batch = next(iter(loaders_of(tree).train))
-    teacher = FrozenTeacher(Net()).logits(batch)
+    teacher = FrozenTeacher(Net()).logits(batch.images)
     assert not teacher.is_inference() and not teacher.requires_grad
     student = torch.zeros_like(teacher, requires_grad=True)
     F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean").backward()
@@ -114,8 +119,8 @@ def test_logits_serve_any_loss(tree):
 def test_amp(tree, dtype, tolerance):
     """Two layers, each rounded to `dtype`: within two of its steps of the largest logit."""
     batch = next(iter(loaders_of(tree).train))
-    exact = FrozenTeacher(Net()).logits(batch)
-    rough = FrozenTeacher(Net(), amp_dtype=dtype).logits(batch)
+    exact = FrozenTeacher(Net()).logits(batch.images)
+    rough = FrozenTeacher(Net(), amp_dtype=dtype).logits(batch.images)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0, atol=2 * tolerance * exact.abs().max().item())
 
@@ -289,8 +294,8 @@ def test_views_must_agree(tree, tmp_path):
     with pytest.raises(ValueError, match="expected the loaders' number of views, 2, got 3"):
         build(Net(), loaders_of(tree), tmp_path, views=3)
     cached = build(Net(), loaders_of(tree), tmp_path)
-    with pytest.raises(ValueError, match="expected a batch of fixed views, got one augmented afresh"):
-        cached.logits(next(iter(loaders_of(tree, views=0).train)))
+    with pytest.raises(ValueError, match="expected a loader of fixed views, got one that augments afresh"):
+        loaders_of(tree, views=0).train.use_cache(cached.rows, 3)
 
 
 def test_full_disk(tree, tmp_path, monkeypatch):

@@ -71,10 +71,12 @@ def two_ranks(tmp_path, *commands):
 
 
 def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
-    """With the learned temperature, a last batch that does not split evenly, and a resumed run in between."""
+    """With the learned temperature, parts of a batch, an average of the weights and a last batch that does not split
+    evenly, and a resumed run in between."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     method = ["DISTILLER.STUDENT", "plain", "DISTILLER.LEARNED_TEMPERATURE", "true", "CTKD.EPOCHS", "2"]
+    method += ["SOLVER.ACCUMULATION", "2", "SOLVER.EMA", "0.5", "SOLVER.CLIP_NORM", "1"]
     words = tiny_words(tmp_path, teacher, "EXPERIMENT.NAME", "two")
     with_batch_norm = tiny_words(tmp_path, teacher, "EXPERIMENT.NAME", "normalised")
     first, again = [*words, *method, "SOLVER.EPOCHS", "1"], [*words, *method]
@@ -85,7 +87,8 @@ def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
     two = tmp_path / "digits" / "two" / "seed_0"
     left, right = final_state(one.folder), final_state(two)
     # The sums of a gradient are taken in another order: float32 rounding, carried through twelve steps.
-    torch.testing.assert_close(dict(left["model"]), dict(right["model"]), rtol=1e-4, atol=1e-6)
+    for part in ("model", "averaged_from"):
+        torch.testing.assert_close(dict(left[part]), dict(right[part]), rtol=1e-4, atol=1e-6)
     assert float(left["temperature"]["theta"]) != 1.0
     torch.testing.assert_close(left["temperature"]["theta"], right["temperature"]["theta"], rtol=1e-5, atol=0)
     for ours, theirs in zip(learning(left["history"]), learning(right["history"]), strict=True):

@@ -7,10 +7,12 @@ from train_cases import CPU, assert_same_state, final_state, learning, one_threa
 
 from sortkd_kernels import SortKDOutput, fused_sort_kd
 from train.assembly import build_trainer
-from train.distillers import build_loss
+from train.distillers import build_loss, kd_warm_up
 from train.experiment import train
 from train.guard import NonFiniteLoss
+from train.logs import Progress
 from train.meter import Meter
+from train.together import finish
 
 METHODS = {
     "CE": ["DISTILLER.TYPE", "NONE"],
@@ -57,12 +59,17 @@ def test_the_corrections_are_three(tmp_path, teacher):
     for correction in ("sort", "swap", "none"):
         trainer = build_trainer(tiny(tmp_path, teacher, "DISTILLER.CORRECTION", correction), CPU)
         batch = next(iter(trainer.loaders.train))
-        logits, temperature = trainer.model(batch.images)
-        losses[correction] = trainer.loss(
-            logits, trainer.teacher.logits(batch), batch.labels, temperature, 1
+        logits, temperature = trainer.step.model(batch.images)
+        losses[correction] = trainer.step.loss(
+            logits, trainer.teacher.logits(batch.images), batch.labels, temperature, 1
         ).loss.item()
         expected = fused_sort_kd(
-            logits, trainer.teacher.logits(batch), batch.labels, ce_weight=0.1, kd_weight=0.9, correction=correction
+            logits,
+            trainer.teacher.logits(batch.images),
+            batch.labels,
+            ce_weight=0.1,
+            kd_weight=0.9,
+            correction=correction,
         )
         assert losses[correction] == expected.item()
     assert len(set(losses.values())) == 3
@@ -73,11 +80,13 @@ def test_one_step_is_the_textbooks(tmp_path, teacher):
     trainer = build_trainer(tiny(tmp_path, teacher, "DISTILLER.CORRECTION", "none"), CPU)
     batch = next(iter(trainer.loaders.train))
     before = {name: p.detach().clone() for name, p in trainer.distiller.named_parameters()}
-    logits, _ = trainer.model(batch.images)
-    t = trainer.teacher.logits(batch)
+    logits, _ = trainer.step.model(batch.images)
+    t = trainer.teacher.logits(batch.images)
     kl = F.kl_div(F.log_softmax(logits / 4, 1), F.log_softmax(t / 4, 1), reduction="batchmean", log_target=True) * 16
-    gradients = torch.autograd.grad(0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * kl, trainer.model.parameters())
-    trainer._step(batch, 1, 1, 0.05)
+    loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * kl
+    gradients = torch.autograd.grad(loss, trainer.distiller.parameters())
+    next(trainer.loaders.train.parts())
+    trainer.step(len(batch.index), batch.share, 1.0)
     for (name, after), gradient in zip(trainer.distiller.named_parameters(), gradients, strict=True):
         expected = before[name] - 0.05 * (gradient + 5e-4 * before[name])
         torch.testing.assert_close(after.detach(), expected, rtol=1e-4, atol=1e-6)
@@ -100,9 +109,11 @@ def test_the_learned_temperature_learns(amp, tmp_path, teacher):
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_amp_is_the_dtype_of_the_logits(amp, tmp_path, teacher):
     trainer = build_trainer(tiny(tmp_path, teacher, "SOLVER.AMP", amp), CPU)
-    out, logits = trainer._step(next(iter(trainer.loaders.train)), 1, 1, 0.05)
-    assert logits.dtype == {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    assert out.loss.dtype == torch.float32 and trainer.scaler.is_enabled() == (amp == "fp16")
+    seen = []
+    trainer.distiller.student.register_forward_hook(lambda module, images, logits: seen.append(logits.dtype))
+    finish(trainer.train_epoch(1, Progress("", 6, 1, 0), None))
+    assert set(seen) == {{"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
+    assert trainer.solver.scaler.is_enabled() == (amp == "fp16")
     assert trainer.teacher.amp_dtype == trainer.amp  # TEACHER.AMP is `same`
     assert all(p.dtype == torch.float32 for p in trainer.distiller.parameters())
 
@@ -125,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, teacher):
         train(config, CPU, quiet=True)
     message = str(caught.value)
     for fact in (
-        "epoch 1, step 2, rank 0, lr 1e+30",
+        "epoch 1, step 2 of it, rank 0, lr 1e+30",
         "student (256, 10)",
         "teacher (256, 10)",
         "images of the batch: [",
@@ -143,18 +154,18 @@ def test_the_learning_rate_falls_after_its_stages(tmp_path, teacher):
 def test_dkd_warms_up():
     config = tiny("", "", "DISTILLER.TYPE", "DKD", "DKD.WARMUP", "4", "DKD.BETA", "2")
     logits, t, labels = torch.randn(5, 10), torch.randn(5, 10), torch.arange(5)
-    outs = {epoch: build_loss(config)(logits, t, labels, 4.0, epoch) for epoch in (1, 4, 9)}
+    outs = {epoch: build_loss(config)(logits, t, labels, 4.0, kd_warm_up(config, epoch)) for epoch in (1, 4, 9)}
     parts = [(outs[epoch].loss - outs[epoch].ce).item() for epoch in (1, 4, 9)]
     assert parts == pytest.approx([parts[1] / 4, parts[1], parts[1]], rel=1e-5)
 
 
 def test_the_meter_weighs_by_rows():
-    meter = Meter()
+    meter = Meter(torch.device("cpu"))
     for rows, loss in ((3, 1.0), (1, 5.0)):
         logits = torch.eye(10)[:rows]  # the largest logit is the row's own number; ties go to the lower class
         rank = torch.tensor([0, 2, 1][:rows])
         meter.update(SortKDOutput(*torch.tensor([loss, loss, loss]), rank), logits, torch.tensor([0, 1, 9][:rows]))
-    means = meter.compute()
+    means = meter.means()
     expected = {"loss": 2.0, "top1": 75.0, "corrected": 0.5, "mean_rank": 0.75}
     assert {name: means[name] for name in expected} == pytest.approx(expected)
 

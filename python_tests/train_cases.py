@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-for _library in ("pydantic", "sklearn", "tensorboard", "torchmetrics", "torchvision", "tqdm", "yaml"):
+for _library in ("pydantic", "sklearn", "tensorboard", "torchvision", "tqdm", "yaml"):
     pytest.importorskip(_library, reason="the train extra is not installed")
 
 import torch  # noqa: E402

@@ -15,10 +15,11 @@ from .data.seeds import derive_seed
 from .data.stream import StreamLoader
 from .distillers import Distiller
 from .distributed import World, gather
-from .loop import AMP_DTYPES, Trainer
+from .loop import Trainer
 from .models import build_model
 from .naming import teacher_weights
 from .schema import Config
+from .solver import AMP_DTYPES
 from .teacher import Teacher, build_teacher, state_digest
 
 
@@ -33,6 +34,10 @@ def build_trainer(config: Config, world: World, loaders: Loaders | None = None) 
         for loader in (loaders.train, loaders.test):
             check_images(loader, config, world)
         check_smallest_batch(student, loaders, config)
+    if config.SOLVER.SYNC_BN and world.size > 1:
+        if world.device.type == "cpu":
+            raise ConfigError("SOLVER.SYNC_BN: expected GPUs, which torch's SyncBatchNorm needs, got the CPU")
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     distiller = Distiller(student, config)
     teacher = None if config.DISTILLER.TYPE == "NONE" else make_teacher(config, loaders, world)
     trainer = Trainer(config, loaders, distiller, teacher, world)
@@ -66,7 +71,8 @@ def make_model(
 ) -> nn.Module:
     """The model that the configuration names under `key`, DISTILLER.STUDENT or DISTILLER.TEACHER."""
     kind = config.DATASET.TYPE
-    if kind == "imagefolder":  # it has no models of its own, and the two zoos' networks fit its images by their size
+    if kind in ("cifar10", "tiny_imagenet", "imagefolder"):
+        # They have no models of their own, and the two zoos' networks fit images by their size.
         kind = "cifar100" if image_shape[-1] <= 64 else "imagenet"
     name = config.DISTILLER.STUDENT if key == "DISTILLER.STUDENT" else config.DISTILLER.TEACHER
     try:
@@ -126,18 +132,23 @@ def make_teacher(config: Config, loaders: Loaders, world: World) -> Teacher:
     try:
         model = make_model("DISTILLER.TEACHER", config, loaders.num_classes, loaders.image_shape, weights)
     except FileNotFoundError as error:
+        kind = config.DATASET.TYPE
+        file = (
+            f"{kind}/vanilla.yaml" if kind in ("imagenet", "digits") else f"cifar100/vanilla.yaml DATASET.TYPE {kind}"
+        )
         raise ConfigError(
             f"TEACHER.WEIGHTS: {error}; train this teacher with `python train/run.py --cfg "
-            f"train/configs/{config.DATASET.TYPE}/vanilla.yaml DISTILLER.STUDENT {name}` and give its checkpoint, or "
+            f"train/configs/{file} DISTILLER.STUDENT {name}` and give its checkpoint, or "
             f"unpack mdistiller's cifar_teachers.tar (its release `checkpoints` on GitHub) into {config.TEACHER.ROOT}"
         ) from error
     check_fits("DISTILLER.TEACHER", model, loaders.num_classes, loaders.image_shape)
     amp = config.SOLVER.AMP if config.TEACHER.AMP == "same" else config.TEACHER.AMP
+    compiled = config.TEACHER.COMPILE or config.SOLVER.COMPILE
     cache_dir = Path(config.TEACHER.CACHE_DIR or Path(config.DATASET.ROOT) / "teacher_cache")
     try:
         return build_teacher(
             model.to(world.device), loaders, weights_digest=state_digest(model), views=config.TEACHER.CACHE_VIEWS,
-            cache_dir=cache_dir, amp_dtype=AMP_DTYPES[amp], compile=config.TEACHER.COMPILE, channels_last=True,
+            cache_dir=cache_dir, amp_dtype=AMP_DTYPES[amp], compile=compiled, channels_last=True,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         key = "TEACHER.CACHE_VIEWS" if isinstance(error, ValueError) else "TEACHER.CACHE_DIR"

@@ -90,12 +90,12 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def generator_states() -> dict[str, Any]:
+def generator_states(*, on_gpus: bool = True) -> dict[str, Any]:
     """The state of every random generator of this process, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if on_gpus and torch.cuda.is_available() else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": random.getstate(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from .compare import markdown_table
 from .config import ConfigError, load_config, merge, published_pairs, validate
 from .describe import describe
 from .distributed import World, join
-from .ending import in_words
-from .experiment import check_new, evaluate_checkpoint, train, where_to_go_on
+from .ending import MENDABLE, in_words
+from .experiment import check_new, evaluate_checkpoint, train, train_together, where_to_go_on
 from .plots import plot_groups
 from .schema import Config
 from .summary import group_runs, statistics_of
@@ -49,17 +50,28 @@ def _execute(arguments: argparse.Namespace, config: Config, configs: Sequence[Co
         if world.is_main:
             print(", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     elif configs:
-        _train_seeds(configs, world, resume=arguments.resume)
+        _train_seeds(configs, world, resume=arguments.resume, together=arguments.together)
     else:
         demo.run_demo(arguments.overrides, world)
 
 
-def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool) -> None:
+def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool, together: bool) -> None:
     """A run for each seed, then their mean and standard deviation."""
     if not resume:
         for seeded in configs:  # all of them first: not the third after days with the first two
             check_new(seeded)
-    runs = [train(seeded, world, resume=resume) for seeded in configs]
+    if together:
+        ends = train_together(configs, world, resume=resume)
+        runs = [end for end in ends if not isinstance(end, Exception)]
+        errors = [(c.EXPERIMENT.SEED, e) for c, e in zip(configs, ends, strict=True) if isinstance(e, Exception)]
+        for _, error in errors:
+            if not isinstance(error, MENDABLE):
+                traceback.print_exception(error)
+        if errors:
+            done = f"\nfinished: {', '.join(str(run.folder) for run in runs)}" if runs else ""
+            sys.exit("\n".join(f"seed {seed}: {type(end).__name__}: {end}" for seed, end in errors) + done)
+    else:
+        runs = [train(seeded, world, resume=resume) for seeded in configs]
     if not world.is_main:
         return
     groups, folder = group_runs(runs), runs[0].folder.parent
@@ -84,7 +96,7 @@ def _config(arguments: argparse.Namespace) -> Config:
             return load_config(None, overrides, pair=arguments.pair, start=start)
         except ConfigError as error:
             raise ConfigError(f"{error}, in the configuration that {arguments.eval} holds") from None
-    for option in ("seeds", "pair", "resume"):
+    for option in ("seeds", "together", "pair", "resume"):
         if getattr(arguments, option) and path is None:
             raise ConfigError(f"--{option}: expected --cfg beside it, got none; the demo has its own runs")
     config = load_config(path or demo.TEACHER_CONFIG, overrides, pair=arguments.pair)

@@ -24,7 +24,8 @@ import torch
 from .assembly import make_loaders
 from .compare import markdown_table
 from .config import load_config
-from .data import ArrayLoader, Batch, BatchPlan
+from .data import ArrayLoader, BatchPlan, Inputs
+from .data.plan import Part
 from .data.seeds import generator
 from .distributed import World
 from .experiment import machine, train
@@ -50,12 +51,18 @@ class NoisyLoader(ArrayLoader):
             len(kept), plan.batch_size, shuffle=True, seed=plan.seed, rank=plan.rank, world_size=plan.world_size
         )
         super().__init__(data, fewer, device=loader.device)
+        self._noise = torch.zeros(self.samples, *data.image_shape, device=self.device)
 
-    def __iter__(self) -> Iterator[Batch]:
-        noise = generator("noise", self.plan.seed, self.epoch)
-        for batch in super().__iter__():
-            # As strong as the images themselves: normalised, they have a standard deviation of 1 as well.
-            yield batch._replace(images=batch.images + torch.randn(batch.images.shape, generator=noise).to(self.device))
+    def _load(self, parts: list[Part], epoch: int) -> Iterator[Part]:
+        # As strong as the images themselves: normalised, they have a standard deviation of 1 as well.
+        self._noise.copy_(torch.randn(self._noise.shape, generator=generator("noise", self.plan.seed, epoch)))
+        return super()._load(parts, epoch)
+
+    def read(self, count: int) -> Inputs:
+        """The next `count` images of the pass with their noise."""
+        at = self._place + torch.arange(count, device=self.device)
+        inputs = super().read(count)
+        return inputs._replace(images=inputs.images + self._noise.index_select(0, at))
 
 
 def run_demo(overrides: Sequence[str], world: World) -> None:

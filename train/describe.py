@@ -12,7 +12,13 @@ from .naming import method_label, run_folder
 from .schema import Config
 
 # Classes and image shape, so that the data need not be there; an image folder's depend on what is in it.
-_SHAPES = {"cifar100": (100, (3, 32, 32)), "imagenet": (1000, (3, 224, 224)), "digits": (10, (1, 8, 8))}
+_SHAPES = {
+    "cifar100": (100, (3, 32, 32)),
+    "cifar10": (10, (3, 32, 32)),
+    "tiny_imagenet": (200, (3, 64, 64)),
+    "imagenet": (1000, (3, 224, 224)),
+    "digits": (10, (1, 8, 8)),
+}
 
 
 def describe(config: Config) -> str:

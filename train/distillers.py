@@ -12,8 +12,8 @@ from sortkd_kernels import LearnedTemperature, SortKDOutput, fused_sort_dkd, fus
 
 from .schema import Config
 
-# Of the student's logits, the teacher's (None without a teacher), the labels, the temperature and the epoch.
-Loss = Callable[[Tensor, Tensor | None, Tensor, float | Tensor, int], SortKDOutput]
+# Of the student's logits, the teacher's (None without a teacher), the labels, the temperature and the warm-up.
+Loss = Callable[[Tensor, Tensor | None, Tensor, float | Tensor, float], SortKDOutput]
 
 
 class Distiller(nn.Module):
@@ -42,18 +42,25 @@ class Distiller(nn.Module):
         return self.fixed if self.temperature is None else self.temperature().item()
 
 
+def kd_warm_up(config: Config, epoch: int) -> float:
+    """The factor of DKD's terms in `epoch`, counted from 1; 1 for the other methods."""
+    length = config.DKD.WARMUP if config.DISTILLER.TYPE == "DKD" else 0
+    return min(epoch / length, 1.0) if length else 1.0
+
+
 def build_loss(config: Config) -> Loss:
     """The loss of the configured method; the teacher is corrected before anything else in each."""
     switches = {"correction": config.DISTILLER.CORRECTION, "standardize": config.DISTILLER.STANDARDIZE}
 
     def cross_entropy(
-        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, epoch: int
+        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, warm_up: float
     ) -> SortKDOutput:
-        loss = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), labels)
+        wide = torch.promote_types(student.dtype, torch.float32)
+        loss = F.cross_entropy(student.to(wide), labels)
         return SortKDOutput(loss, torch.zeros_like(loss), loss.detach(), torch.zeros_like(labels, dtype=torch.int32))
 
     def kd(
-        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, epoch: int
+        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, warm_up: float
     ) -> SortKDOutput:
         weights = {"ce_weight": config.KD.LOSS.CE_WEIGHT, "kd_weight": config.KD.LOSS.KD_WEIGHT}
         return fused_sort_kd(
@@ -61,11 +68,10 @@ def build_loss(config: Config) -> Loss:
         )
 
     def dkd(
-        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, epoch: int
+        student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float | Tensor, warm_up: float
     ) -> SortKDOutput:
         weights = {"alpha": config.DKD.ALPHA, "beta": config.DKD.BETA, "ce_weight": config.DKD.CE_WEIGHT}
-        warm = min(epoch / config.DKD.WARMUP, 1.0) if config.DKD.WARMUP else 1.0
-        weights["kd_weight"] = warm * config.DKD.KD_WEIGHT
+        weights["kd_weight"] = warm_up * config.DKD.KD_WEIGHT
         return fused_sort_dkd(
             student, teacher, labels, temperature=temperature, **weights, **switches, return_parts=True
         )

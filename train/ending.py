@@ -17,7 +17,7 @@ from .checkpoint import DamagedCheckpoint
 from .config import ConfigError
 from .guard import NonFiniteLoss
 
-_MENDABLE = (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError)
+MENDABLE = (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 5  # seconds
 
@@ -56,7 +56,7 @@ def in_words(where_to_go_on: Callable[[], str]) -> Iterator[None]:
             if _rank() == 0:
                 print(f"stopped by {signal.Signals(number).name}; {where_to_go_on()}", file=sys.stderr)
             sys.exit(128 + number)
-        if isinstance(error, _MENDABLE):
+        if isinstance(error, MENDABLE):
             _fail(f"{type(error).__name__}: {error}")
         raise
 

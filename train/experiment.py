@@ -7,7 +7,7 @@ import math
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from .data import Loaders
 from .distributed import World, gather, on_main
 from .guard import NonFiniteLoss
 from .logs import Progress, Row, RunLog
-from .loop import AMP_DTYPES, Trainer, evaluate
+from .loop import Evaluation, Trainer
 from .models import load_weights
 from .naming import FREE, method_label, run_folder, teacher_weights
 from .plots import plot_run
 from .schema import Config
+from .solver import AMP_DTYPES
 from .summary import Run, statistics_of
+from .together import Turn, finish, take_turns
 
 
 def train(
@@ -44,6 +46,40 @@ def train(
     `overwrite` removes an earlier run in the same folder; `quiet` leaves out the line of each epoch; `loaders` takes
     the place of the configured data's.
     """
+    steps = _steps(config, world, resume=resume, overwrite=overwrite, quiet=quiet, loaders=loaders)
+    with Turn(world.device).taken():
+        return finish(steps)
+
+
+def train_together(
+    configs: Sequence[Config], world: World, *, resume: bool = False, quiet: bool = False
+) -> list[Run | Exception]:
+    """`train` for each of several configurations at the same time in this process, a step of each in turn.
+
+    Each run is what it would be alone. One that fails leaves the others going: its exception is in the place of its
+    run.
+    """
+    if world.size > 1:
+        raise ConfigError(f"--together: expected one process, got {world.size} ranks; without it they train in turn")
+    if len(configs) < 2:
+        raise ConfigError(f"--together: expected two --seeds or more, got {len(configs)}")
+    if len({run_folder(config) for config in configs}) < len(configs):
+        raise ConfigError("--together: expected runs with a folder each, got two for the same folder")
+    runs = [_steps(config, world, resume=resume, quiet=quiet, line=line) for line, config in enumerate(configs)]
+    return take_turns(runs, world.device)
+
+
+def _steps(
+    config: Config,
+    world: World,
+    *,
+    resume: bool,
+    quiet: bool,
+    overwrite: bool = False,
+    loaders: Loaders | None = None,
+    line: int = 0,
+) -> Generator[None, None, Run]:
+    """`train`, which pauses after every step; its bar is on the terminal's `line`."""
     checkpoints = checkpoints_of(config)
 
     def start() -> Path | None:
@@ -70,7 +106,7 @@ def train(
         if state is not None:
             with _checkpoint_in_words(newest):
                 _go_on(trainer, state)
-        run = _train(trainer, checkpoints, quiet=quiet)
+        run = yield from _train(trainer, checkpoints, quiet=quiet, line=line)
         gather(None, world)  # on every rank the files are there once this returns
     return run
 
@@ -102,18 +138,18 @@ def where_to_go_on(configs: Sequence[Config]) -> str:
     return "; ".join(lines) or "nothing was under way that could go on"
 
 
-def _train(trainer: Trainer, checkpoints: Checkpoints, *, quiet: bool) -> Run:
+def _train(trainer: Trainer, checkpoints: Checkpoints, *, quiet: bool, line: int) -> Generator[None, None, Run]:
     """The epochs that are left, each logged and saved, and what a finished run leaves."""
     config, world, folder = trainer.config, trainer.world, run_folder(trainer.config)
     teacher = "" if trainer.teacher is None else trainer.teacher.weights_digest
     history, steps, epochs = trainer.history, len(trainer.loaders.train), config.SOLVER.EPOCHS
     label = f"{method_label(config)} seed {config.EXPERIMENT.SEED}"
-    progress = Progress(label, steps, epochs, len(history), shown=world.is_main)
+    progress = Progress(label, steps, epochs, len(history), shown=world.is_main, line=line)
     log = RunLog(folder, config, history, len(history) * steps + 1) if world.is_main else None
     try:
         for epoch in range(len(history) + 1, epochs + 1):
-            row = trainer.train_epoch(epoch, progress, log)
-            row |= trainer.evaluate()
+            row = yield from trainer.train_epoch(epoch, progress, log)
+            row |= yield from trainer.evaluate()
             _check_finite(row)
             history.append(row)
             row["best_top1"] = trainer.best["test_top1"]
@@ -146,7 +182,7 @@ def evaluate_checkpoint(config: Config, path: Path, world: World) -> Row:
     except ValueError as error:
         raise ConfigError(f"--eval: {error}") from error
     student.to(world.device, memory_format=torch.channels_last)
-    return evaluate(student, loaders.test, world, AMP_DTYPES[config.SOLVER.AMP])
+    return finish(Evaluation(student, loaders.test, world, AMP_DTYPES[config.SOLVER.AMP], graphs=False).steps())
 
 
 def machine(world: World) -> dict[str, Any]:
@@ -204,10 +240,12 @@ def _go_on(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def _check_same(config: Config, state: dict[str, Any], world: World) -> None:
-    now, then = flatten(config.model_dump()), flatten(state["config"])
-    changed = [key for key in now if now[key] != then.get(key) and not key.startswith(FREE)]
+    # A key that is younger than the checkpoint had its default.
+    now, then = flatten(config.model_dump()), flatten(Config().model_dump()) | flatten(state["config"])
+    free = [key for key in FREE if key != "SOLVER.EPOCHS" or config.SOLVER.SCHEDULE == "step"]  # a cosine's length
+    changed = [key for key in now if now[key] != then[key] and not key.startswith(tuple(free))]
     if changed:
-        differences = ", ".join(f"{key} {then.get(key)!r} instead of {now[key]!r}" for key in changed)
+        differences = ", ".join(f"{key} {then[key]!r} instead of {now[key]!r}" for key in changed)
         raise ConfigError(f"--resume: expected the configuration of the run, got a checkpoint with {differences}")
     if len(state["generators"]) != world.size:
         raise ConfigError(f"--resume: expected {len(state['generators'])} ranks, as the run had, got {world.size}")

@@ -36,22 +36,30 @@ class _Lines:
 class Progress:
     """One bar for the whole run, so that its estimate is the run's; the numbers beside it refresh twice a second."""
 
-    def __init__(self, label: str, steps_per_epoch: int, epochs: int, done: int, *, shown: bool = True) -> None:
+    def __init__(
+        self, label: str, steps_per_epoch: int, epochs: int, done: int, *, shown: bool = True, line: int = 0
+    ) -> None:
         self._label, self._epochs = label, epochs
         # Without a terminal each refresh is a line in a log file: a few a minute are enough.
         self._interval = 0.5 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             total=steps_per_epoch * epochs, initial=steps_per_epoch * done, unit="step", disable=not shown,
-            mininterval=self._interval, dynamic_ncols=True, smoothing=0.1,
+            mininterval=self._interval, dynamic_ncols=True, smoothing=0.1, position=line,
             file=sys.stderr if sys.stderr.isatty() else _Lines(),
         )  # fmt: skip
         self._next = 0.0
 
     def step(self, epoch: int, numbers: Callable[[], Mapping[str, float]]) -> None:
-        """Advance by a step; `numbers` waits for the device, so it is called only when they will be shown."""
+        """Advance by a step; `numbers` waits for the device, so it is called only now and then.
+
+        On a rank that shows nothing too: to read the numbers is to notice a loss that is not finite.
+        """
         self._bar.update()
-        if not self._bar.disable and time.monotonic() >= self._next:
-            self._show(epoch, numbers())
+        if time.monotonic() >= self._next:
+            shown = numbers()
+            self._next = time.monotonic() + self._interval
+            if not self._bar.disable:
+                self._show(epoch, shown)
 
     def epoch(self, row: Row, line: str | None) -> None:
         """Show the finished epoch's numbers, and `line` above the bar."""
@@ -63,10 +71,10 @@ class Progress:
             else:
                 print(line, flush=True)  # at once: in a log of both streams it would come later, and in pieces
         if time.monotonic() >= self._next or row["epoch"] == self._epochs:
+            self._next = time.monotonic() + self._interval
             self._show(int(row["epoch"]), {name.removeprefix("train_"): value for name, value in row.items()})
 
     def _show(self, epoch: int, numbers: Mapping[str, float]) -> None:
-        self._next = time.monotonic() + self._interval
         self._bar.set_description_str(f"{self._label} {epoch}/{self._epochs}", refresh=False)
         texts = [f"loss {numbers['loss']:.3f} (kd {numbers['kd']:.3f}, ce {numbers['ce']:.3f})"]
         texts += [f"top-1 {numbers['top1']:.1f}%", f"{numbers['images_per_s']:.0f} images/s"]

@@ -12,7 +12,7 @@ from .schema import Config
 # the teacher lies, whose content is compared. A resumed run may differ in these, and no folder is named after them.
 FREE = (
     "LOG.", "EXPERIMENT.DEVICE", "DATASET.ROOT", "DATASET.NUM_WORKERS", "TEACHER.CACHE_DIR", "TEACHER.WEIGHTS",
-    "TEACHER.ROOT", "SOLVER.EPOCHS",
+    "TEACHER.ROOT", "SOLVER.EPOCHS", "SOLVER.GRAPH",
 )  # fmt: skip
 # In a folder's name: no path, and nothing of a list that a shell takes for a pattern.
 _IN_A_NAME = str.maketrans("/", "-", " []()'")

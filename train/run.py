@@ -20,6 +20,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=Path, help="a YAML file of mdistiller's keys; see train/configs")
     parser.add_argument("--pair", nargs=2, metavar=("TEACHER", "STUDENT"), help="with that pair's published exceptions")
     parser.add_argument("--seeds", nargs="+", metavar="SEED", help="one run a seed, and a summary")
+    parser.add_argument("--together", action="store_true", help="the --seeds at once in this process, for a GPU")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="test the weights in a file, and nothing else")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the models' sizes")

@@ -64,7 +64,7 @@ class TestSection(Section):
 
 
 class DatasetSection(Section):
-    TYPE: Literal["cifar100", "imagenet", "imagefolder", "digits"] = "cifar100"
+    TYPE: Literal["cifar100", "cifar10", "tiny_imagenet", "imagenet", "imagefolder", "digits"] = "cifar100"
     ROOT: str = "./data"
     NUM_WORKERS: Workers = 2
     DECODE: Literal["cpu", "cuda"] = "cpu"  # of large images' JPEGs; cuda: by nvJPEG, whose pixels differ a little
@@ -99,8 +99,33 @@ class SolverSection(Section):
     LR_DECAY_RATE: Positive = 0.1
     WEIGHT_DECAY: Weight = 0.0001
     MOMENTUM: Weight = 0.9
-    TYPE: Literal["SGD"] = "SGD"
+    TYPE: Literal["SGD", "AdamW"] = "SGD"
+    NESTEROV: bool = False
+    SCHEDULE: Literal["step", "cosine"] = "step"  # step: the two LR_DECAY keys
+    LR_MIN: Weight = 0.0  # where the cosine ends
+    WARMUP: CountOrNone = 0  # epochs in which the learning rate rises to LR
+    CLIP_NORM: Weight = 0.0  # of all gradients together; 0: no clipping
+    ACCUMULATION: Count = 1  # parts in which a batch is computed, one after the other, for less memory
+    EMA: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of averaged weights, which are then tested
+    SYNC_BN: bool = False  # BatchNorm over the images of all ranks
     AMP: Amp = "none"
+    GRAPH: Literal["auto", "off"] = "auto"  # auto: CUDA graphs on one GPU
+    COMPILE: bool = False  # student and teacher through torch.compile
+
+    @model_validator(mode="after")
+    def _switches_have_an_effect(self) -> SolverSection:
+        if self.NESTEROV and not (self.TYPE == "SGD" and self.MOMENTUM):
+            raise ValueError("SOLVER.NESTEROV: expected SOLVER.TYPE SGD with a SOLVER.MOMENTUM beside it")
+        if self.LR_MIN and self.SCHEDULE != "cosine":
+            raise ValueError(f"SOLVER.LR_MIN: expected SOLVER.SCHEDULE cosine beside it, got {self.SCHEDULE}")
+        if self.WARMUP >= self.EPOCHS:
+            raise ValueError(f"SOLVER.WARMUP: expected fewer than the {self.EPOCHS} SOLVER.EPOCHS, got {self.WARMUP}")
+        if self.WARMUP and self.SCHEDULE == "step" and any(stage <= self.WARMUP for stage in self.LR_DECAY_STAGES):
+            raise ValueError(
+                f"SOLVER.LR_DECAY_STAGES: expected epochs after the {self.WARMUP} of SOLVER.WARMUP, "
+                f"got {self.LR_DECAY_STAGES}"
+            )
+        return self
 
 
 class KDLossSection(Section):

@@ -14,13 +14,24 @@ import torch
 from . import sources
 from .array import ArrayData, ArrayLoader
 from .folder import Listing
-from .loader import Batch, Loader
+from .loader import Batch, Inputs, Loader
 from .plan import BatchPlan
 from .stream import StreamLoader
 
-__all__ = ["DATASETS", "ArrayData", "ArrayLoader", "Batch", "BatchPlan", "Loader", "Loaders", "build_loaders"]
+__all__ = [
+    "DATASETS",
+    "ArrayData",
+    "ArrayLoader",
+    "Batch",
+    "BatchPlan",
+    "Inputs",
+    "Loader",
+    "Loaders",
+    "build_loaders",
+    "evaluation_batch",
+]
 
-DATASETS = ("cifar100", "imagenet", "imagefolder", "digits")
+DATASETS = ("cifar100", "cifar10", "tiny_imagenet", "imagenet", "imagefolder", "digits")
 
 
 class Loaders(NamedTuple):
@@ -30,6 +41,11 @@ class Loaders(NamedTuple):
     test: Loader
     num_classes: int
     image_shape: tuple[int, int, int]
+
+
+def evaluation_batch(asked: int, device: torch.device, *, small: bool) -> int:
+    """Test images a batch: as asked for, but on a GPU at least as many as keep it busy; no number depends on it."""
+    return asked if device.type == "cpu" else max(asked, 1000 if small else 256)
 
 
 def build_loaders(
@@ -50,10 +66,11 @@ def build_loaders(
     """The loaders of `dataset`, one of `DATASETS`, whose files are in `root` (the digits need none).
 
     Args:
-        dataset: cifar100 (official files, downloaded where missing, or a tree), imagenet, imagefolder, digits.
+        dataset: cifar100 and cifar10 (official files, downloaded where missing, or a tree), tiny_imagenet (as its
+            archive has it, or a tree), imagenet, imagefolder, digits.
         root: the folder of the data.
         batch_size: training images a batch, on each rank.
-        test_batch_size: test images a batch, on each rank.
+        test_batch_size: test images a batch, on each rank; on a GPU see `evaluation_batch`.
         num_workers: processes that decode images.
         device: where batches go, and where small images live.
         seed: with the epoch, determines order and augmentation.
@@ -66,12 +83,10 @@ def build_loaders(
     root = Path(root).expanduser()
     if views < 0:
         raise ValueError(f"build_loaders: expected views of 0 or more, got {views}")
-    if dataset == "cifar100":
-        splits = sources.cifar100(root, num_workers)
+    if dataset in ("cifar100", "cifar10", "tiny_imagenet", "imagefolder"):
+        splits = getattr(sources, dataset)(root, num_workers)
     elif dataset == "imagenet":
         splits = sources.imagenet(root)
-    elif dataset == "imagefolder":
-        splits = sources.imagefolder(root, num_workers)
     elif dataset == "digits":
         splits = sources.digits()
     else:
@@ -79,7 +94,8 @@ def build_loaders(
 
     def loader(split: ArrayData | Listing, train: bool) -> Loader:
         samples = len(split) if isinstance(split, Listing) else len(split.labels)
-        size = batch_size if train else test_batch_size
+        small = not isinstance(split, Listing)
+        size = batch_size if train else evaluation_batch(test_batch_size, device, small=small)
         plan = BatchPlan(samples, size, shuffle=train, seed=seed, rank=rank, world_size=world_size)
         fixed = {"views": views, "view_seed": seed if view_seed is None else view_seed} if train else {}
         if isinstance(split, Listing):

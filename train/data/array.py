@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .augment import CropFlip, Normalize, draw_crop_flip
-from .loader import Loader, Request, collect
-from .plan import BatchPlan
+from .loader import Inputs, Loader
+from .plan import BatchPlan, Part
 from .seeds import generator
-
-# Images augmented at once: enough to pay for the calls' fixed cost, few enough for 3 KB each to stay in a CPU's cache.
-_AT_ONCE = 256
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep PyTorch's CPU kernels on the calling thread.
-
-    A batch is 0.15 ms of work, made of calls of 10 us: a second core would take a third off, but wherever the cores are
-    shared every call then waits for its slowest thread to be scheduled, which takes milliseconds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -70,38 +51,45 @@ class ArrayLoader(Loader):
         self._crop_flip = CropFlip(data.images, padding, flip=flip, device=device)
         self._normalize = Normalize(data.mean, data.std, data.image_shape, device=device, peak=data.peak)
         self._view_table: Tensor | None = None
-        self._epoch_table: tuple[int, Tensor] | None = None
+        # What an epoch draws, in its order: on the device once an epoch, in the same memory every time.
+        self._first = torch.zeros(self.samples, dtype=torch.int64, device=device)
+        self._labels = torch.zeros_like(self._first)
+        self._place = torch.zeros((), dtype=torch.int64, device=device)  # how much of it has been read
 
-    def _images(self, requests: Iterable[Request]) -> Iterator[Tensor]:
-        buffer = self._crop_flip.buffer(0)
-        for group in collect(requests, _AT_ONCE):
-            index = torch.cat([request.index for request in group])
-            # One buffer for the whole pass: between the batches that come and go, a block of its own would have the
-            # C library give pages back and fetch them again, which takes as long as all the rest.
-            if len(buffer) < len(index):
-                buffer = self._crop_flip.buffer(len(index))
-            with _one_thread():
-                choices = torch.cat([self._choices(request) for request in group])
-                crops = self._crop_flip(index, choices, buffer[: len(index)])
-            for part in crops.split([len(request.index) for request in group]):
-                with _one_thread():
-                    images = self._normalize(part)
-                yield images
+    @property
+    def _held(self) -> int:
+        return self.samples  # an epoch's: the cached logits of CIFAR-100 take 10 MB
 
-    def _choices(self, request: Request) -> Tensor:
-        """Where each image of `request` is cropped and whether it is flipped.
+    def _load(self, parts: list[Part], epoch: int) -> Iterator[Part]:
+        index = torch.cat([part.index for part in parts])
+        view = torch.cat([part.view for part in parts]) if self.views else None
+        count = len(index)
+        self._first[:count].copy_(self._crop_flip.first(index, self._choices(index, view, epoch)))
+        self._labels[:count].copy_(self.labels[index])
+        if self._cached_rows is not None:
+            self._teacher[:count].copy_(self._cached_rows(view, index))
+        self._place.zero_()
+        yield from parts
+
+    def read(self, count: int) -> Inputs:
+        """The next `count` images of the pass, gathered, cropped, flipped and normalised on the device."""
+        at = self._place + torch.arange(count, device=self.device)
+        self._place += count
+        images = self._normalize(self._crop_flip(self._first.index_select(0, at)))
+        teacher = None if self._teacher is None else self._teacher.index_select(0, at)
+        return Inputs(images, self._labels.index_select(0, at), teacher)
+
+    def _choices(self, index: Tensor, view: Tensor | None, epoch: int) -> Tensor:
+        """Where each of the images `index` is cropped and whether it is flipped.
 
         Drawn for all images of the data set at once, by image and not by place in the batch: so neither the order nor
         the number of ranks changes what is done to an image.
         """
-        if request.view is None:
-            if self._epoch_table is None or self._epoch_table[0] != request.epoch:
-                self._epoch_table = request.epoch, self._draw("augmentation", self.plan.seed, request.epoch)
-            return self._epoch_table[1][request.index]
+        if view is None:
+            return self._draw("augmentation", self.plan.seed, epoch)[index]
         if self._view_table is None:
-            draws = [self._draw("view", self.view_seed, view) for view in range(self.views)]
-            self._view_table = torch.stack(draws)
-        return self._view_table[request.view, request.index]
+            self._view_table = torch.stack([self._draw("view", self.view_seed, v) for v in range(self.views)])
+        return self._view_table[view, index]
 
     def _draw(self, *purpose: int | str) -> Tensor:
         return draw_crop_flip(self.samples, self.padding, self.flip, generator(*purpose))

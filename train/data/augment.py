@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .loader import to_device
-
 
 class Normalize:
     """uint8 ``[B, H, W, C]`` to float32 ``[B, C, H, W]`` in channels_last: ``(x / peak - mean) / std``."""
@@ -79,20 +77,17 @@ class CropFlip:
         )
         self._steps = torch.arange(self._height, device=device) * self._row
 
-    def buffer(self, count: int) -> Tensor:
-        """Memory for `count` crops: uint8 ``[count, H, W, C]`` on the device."""
-        shape = (count, self._height, self._width, self._channels)
-        return torch.empty(shape, dtype=torch.uint8, device=self._crop_rows.device)
+    def first(self, index: Tensor, crop_flip: Tensor) -> Tensor:
+        """For the images `index`, cropped and then flipped as `draw_crop_flip`'s rows say, what `__call__` takes.
 
-    def __call__(self, index: Tensor, crop_flip: Tensor, out: Tensor) -> Tensor:
-        """The images `index` (host), cropped and then flipped as `crop_flip` (host, `draw_crop_flip`'s rows) says.
-
-        They are written into `out`, a `buffer` of as many crops, which is returned.
+        All of it is int64 ``[B]`` on the host: an epoch's are made and moved at once.
         """
         top, left, flip = crop_flip.long().unbind(1)
         # To crop and then to flip is to crop the mirror image, as far from its other edge.
         left = torch.where(flip.bool(), 2 * self._padding - left, left)
-        first = ((index + flip * self._samples) * self._rows + top) * self._row + left
-        rows = to_device(first, self._crop_rows.device)[:, None] + self._steps
-        torch.index_select(self._crop_rows, 0, rows.view(-1), out=out.view(-1, self._width * self._channels))
-        return out
+        return ((index + flip * self._samples) * self._rows + top) * self._row + left
+
+    def __call__(self, first: Tensor) -> Tensor:
+        """The crops that start at the pixels `first` (on the device): uint8 ``[B, H, W, C]``."""
+        rows = first[:, None] + self._steps
+        return self._crop_rows.index_select(0, rows.view(-1)).view(-1, self._height, self._width, self._channels)

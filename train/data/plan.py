@@ -12,10 +12,18 @@ from .seeds import generator
 
 
 class Part(NamedTuple):
-    """One rank's part of a global batch: data set indices, and its share (1 where the ranks' parts are equal)."""
+    """One rank's part of a global batch, on the host.
+
+    Attributes:
+        index: int64 ``[B]``, the images' places in the data set.
+        share: ``B * world_size`` over the global batch's size: 1, but for a last batch that the ranks cannot split
+            evenly. The mean over ranks of ``share * (mean over B)`` is the global batch's mean.
+        view: int64 ``[B]``, which of the fixed views each image shows, or None where augmentation is fresh.
+    """
 
     index: Tensor
     share: float
+    view: Tensor | None = None
 
 
 class BatchPlan:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from .array import ArrayData
 from .files import file_lock
 from .folder import Listing, decode_all, find_split
 
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 # Images up to this side are kept in memory; a million of them at 64 x 64 take 12 GB, at 224 x 224 150 GB.
 SMALL = 64
 # The digits' split is the same whatever the run's seed: a teacher's test images are no student's training images.
@@ -43,21 +44,49 @@ def digits() -> Splits:
 
 def cifar100(root: Path, num_workers: int) -> Splits:
     """CIFAR-100 in `root`: an ImageFolder tree where there is one, torchvision's files or download otherwise."""
+    return _cifar("cifar100", CIFAR100, root, num_workers, CIFAR_MEAN, CIFAR_STD)
+
+
+def cifar10(root: Path, num_workers: int) -> Splits:
+    """CIFAR-10, found as CIFAR-100 is."""
+    return _cifar("cifar10", CIFAR10, root, num_workers, CIFAR10_MEAN, CIFAR10_STD)
+
+
+def _cifar(
+    name: str, kind: type[CIFAR10], root: Path, num_workers: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Splits:
     if find_split(root, ("train",)):
-        train, test = _listings("cifar100", root, ("test", "val"))
-        return _in_memory(train, test, num_workers, CIFAR_MEAN, CIFAR_STD)
+        train, test = _listings(name, root, ("test", "val"))
+        return _in_memory(train, test, num_workers, mean, std)
     try:
-        halves = [CIFAR100(root, train=train) for train in (True, False)]
+        halves = [kind(root, train=train) for train in (True, False)]
     except RuntimeError:  # not there, or not intact
         try:
-            with file_lock(root / "cifar-100-python"):  # one rank downloads, the others then find it done
-                halves = [CIFAR100(root, train=train, download=True) for train in (True, False)]
+            with file_lock(root / kind.base_folder):  # one rank downloads, the others then find it done
+                halves = [kind(root, train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:  # no network; a folder that cannot be written; a damaged download
-            raise FileNotFoundError(_CIFAR_MISSING.format(root=root, error=error)) from error
-    train, test = (
-        ArrayData(torch.from_numpy(half.data), torch.tensor(half.targets), CIFAR_MEAN, CIFAR_STD) for half in halves
-    )
+            files = {"name": name, "folder": kind.base_folder, "archive": kind.filename, "url": kind.url}
+            raise FileNotFoundError(_CIFAR_MISSING.format(root=root, error=error, **files)) from error
+    train, test = (ArrayData(torch.from_numpy(half.data), torch.tensor(half.targets), mean, std) for half in halves)
     return Splits(train, test, num_classes=len(halves[0].classes))
+
+
+def tiny_imagenet(root: Path, num_workers: int) -> Splits:
+    """tiny-ImageNet, 64 x 64, in `root`: its archive as it comes, or with val/ in a folder for each class."""
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.is_file():
+        return _in_memory(*_listings("tiny_imagenet", root, ("val", "test")), num_workers)
+    train, test = Listing(root / "train"), Listing(root / "val")
+    # As it comes, all images of val/ lie in one folder, and a line of the file has an image's name, class and box.
+    rows = (line.split("\t") for line in annotations.read_text().splitlines())
+    label_of = {name: train.classes.index(label) for name, label, *_ in rows if label in train.classes}
+    names = [test.path(index).name for index in range(len(test))]
+    if unknown := [name for name in names if name not in label_of]:
+        raise ValueError(
+            f"tiny_imagenet: expected a class of train/ for each image in {annotations}, got none for {unknown[0]}"
+        )
+    test.labels, test.classes = torch.tensor([label_of[name] for name in names]), train.classes
+    return _in_memory(train, test, num_workers)
 
 
 def imagenet(root: Path) -> Splits:
@@ -121,10 +150,10 @@ def _statistics(images: torch.Tensor, peak: float) -> tuple[tuple[float, ...], t
     return tuple(means), tuple(stds)
 
 
-_CIFAR_MISSING = """cifar100: no data in {root}, and the download failed: {error}
+_CIFAR_MISSING = """{name}: no data in {root}, and the download failed: {error}
 Provide one of
-  {root}/cifar-100-python/   the official files; on a machine with network:
-      curl -O https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz && tar xzf cifar-100-python.tar.gz -C {root}
+  {root}/{folder}/   the official files; on a machine with network:
+      curl -O {url} && tar xzf {archive} -C {root}
   {root}/train/<class>/*.png and {root}/test/<class>/*.png   an ImageFolder tree of 32 x 32 images"""
 
 _TREE_MISSING = """{dataset}: expected the folder {missing} in {root}, which has none

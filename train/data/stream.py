@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 from .augment import Normalize
 from .folder import ImageReadMode, Listing, decode_jpeg, last_line
-from .loader import Loader, Request, to_device
-from .plan import BatchPlan
+from .loader import Inputs, Loader
+from .plan import BatchPlan, Part
 from .seeds import derive_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -80,22 +80,20 @@ class _Keys:
     """
 
     def __init__(self, seed: int, view_seed: int) -> None:
-        self.seed, self.view_seed = seed, view_seed
-        self.requests: list[Request] = []
+        self.seed, self.view_seed, self.epoch = seed, view_seed, 0
+        self.parts: list[Part] = []
 
     def __iter__(self) -> Iterator[list[_Key]]:
-        return map(self._keys, self.requests)
+        return map(self._keys, self.parts)
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return len(self.parts)
 
-    def _keys(self, request: Request) -> list[_Key]:
-        index = request.index.tolist()
-        if request.view is None:
-            return [(i, derive_seed("augmentation", self.seed, request.epoch, i)) for i in index]
-        return [
-            (i, derive_seed("view", self.view_seed, v, i)) for i, v in zip(index, request.view.tolist(), strict=True)
-        ]
+    def _keys(self, part: Part) -> list[_Key]:
+        index = part.index.tolist()
+        if part.view is None:
+            return [(i, derive_seed("augmentation", self.seed, self.epoch, i)) for i in index]
+        return [(i, derive_seed("view", self.view_seed, v, i)) for i, v in zip(index, part.view.tolist(), strict=True)]
 
 
 class StreamLoader(Loader):
@@ -133,22 +131,47 @@ class StreamLoader(Loader):
             generator=torch.Generator(),
         )
 
-    def _images(self, requests: Iterable[Request]) -> Iterator[Tensor]:
-        self._keys.requests = list(requests)
+        # The batch that `read` reads: copied into the same memory every time.
+        self._images = torch.zeros(0, CROP, CROP, 3, dtype=torch.uint8, device=device)
+        self._labels = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def _held(self) -> int:
+        return self.plan.batch_size
+
+    def _load(self, parts: list[Part], epoch: int) -> Iterator[Part]:
+        self._keys.parts, self._keys.epoch = parts, epoch
+        largest = max((len(part.index) for part in parts), default=0)
+        if len(self._images) < largest:  # once: all passes of a run are of the same batches
+            self._images = self._images.new_zeros(largest, *self._images.shape[1:])
+            self._labels = self._labels.new_zeros(largest)
+        for part, images in zip(parts, self._decoded(), strict=True):
+            count = len(part.index)
+            self._images[:count].copy_(images, non_blocking=True)
+            self._labels[:count].copy_(self.labels[part.index])
+            if self._cached_rows is not None:
+                self._teacher[:count].copy_(self._cached_rows(part.view, part.index))
+            yield part
+
+    def _decoded(self) -> Iterator[Tensor]:
         try:
             for batch in self._loader:
-                images = batch if self.decode == "cpu" else self._decoded(batch)
-                yield self._normalize(to_device(images, self.device))
+                yield batch if self.decode == "cpu" else self._decoded_on_device(batch)
         except ValueError as error:  # an image whose damage `Listing.check` cannot see
             raise OSError(f"DATASET.ROOT: {last_line(error)}") from error
 
-    def _decoded(self, batch: list[tuple[Tensor, _Key]]) -> Tensor:
-        """The crops of a batch of files, on the device. Where its decoder refuses one (CMYK), the host decodes all."""
+    def _decoded_on_device(self, batch: list[tuple[Tensor, _Key]]) -> Tensor:
+        """The crops of a batch of files. Where the device's decoder refuses one (CMYK), the host decodes all."""
         try:
             images = decode_jpeg([file for file, _ in batch], ImageReadMode.RGB, device=self.device)
         except RuntimeError:
             images = [self.listing.read(index).to(self.device) for _, (index, _) in batch]
         return torch.stack([self._crops.crop(image, seed) for image, (_, (_, seed)) in zip(images, batch, strict=True)])
+
+    def read(self, count: int) -> Inputs:
+        """The batch that came last, normalised on the device."""
+        teacher = None if self._teacher is None else self._teacher[:count]
+        return Inputs(self._normalize(self._images[:count]), self._labels[:count].clone(), teacher)
 
     def data_digest(self) -> str:
         """A digest of the files' names, labels and sizes."""

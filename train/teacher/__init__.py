@@ -2,7 +2,9 @@
 
 from .build import build_teacher
 from .cache import CachedTeacher, CacheKey, CacheRejected
-from .frozen import FrozenTeacher, Teacher, state_digest
+from .frozen import FrozenTeacher, state_digest
+
+Teacher = FrozenTeacher | CachedTeacher
 
 __all__ = [
     "CacheKey",

@@ -100,7 +100,7 @@ def _all_logits(teacher: FrozenTeacher, loader: Loader) -> Iterator[Tensor]:
     with tqdm(total=total, desc="teacher cache", unit="image", unit_scale=True, disable=None) as bar:
         for view in range(loader.views):
             for batch in loader.view_batches(view, _FILL_BATCH):
-                yield teacher.logits(batch)
+                yield teacher.logits(batch.images)
                 bar.update(len(batch.labels))
 
 

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Batch
 from ..data.files import atomic_file
-from ..data.loader import to_device
 
 _MAGIC = b"sortkd teacher logits 1\n"
 _HEADER = 4096  # a page, so that the logits start on one
@@ -90,12 +88,9 @@ class CachedTeacher:
         if (got := _checksum(self._logits)) != checksum:
             raise CacheRejected(f"teacher cache {path} is damaged: expected checksum {checksum:08x}, got {got:08x}")
 
-    def logits(self, batch: Batch) -> Tensor:
-        """float32 logits ``[B, num_classes]`` of the batch's images in the views they show, on their device."""
-        if batch.view is None:
-            raise ValueError("CachedTeacher.logits: expected a batch of fixed views, got one augmented afresh")
-        rows = self._logits[batch.view.numpy(), batch.index.numpy()]
-        return to_device(torch.from_numpy(rows), batch.images.device).to(torch.float32)
+    def rows(self, view: Tensor, index: Tensor) -> Tensor:
+        """float16 logits ``[B, num_classes]`` of the images `index` in the views `view`, all on the host."""
+        return torch.from_numpy(self._logits[view.numpy(), index.numpy()])
 
 
 def write_cache(path: Path, key: CacheKey, blocks: Iterable[Tensor]) -> None:

@@ -1,23 +1,11 @@
-"""The teacher that is run: frozen for good, in inference mode."""
+"""The teacher that is run: frozen for good."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from ..data import Batch
-
-
-class Teacher(Protocol):
-    """What the trainer needs of a teacher."""
-
-    weights_digest: str
-
-    def logits(self, batch: Batch) -> Tensor:
-        """float32 logits ``[B, num_classes]`` of the batch's images, on their device, without a gradient."""
 
 
 class FrozenTeacher(nn.Module):
@@ -47,16 +35,11 @@ class FrozenTeacher(nn.Module):
         """Stay in evaluation mode: BatchNorm in training mode would let the students' batches change the teacher."""
         return super().train(False)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """float32 logits of the batch's images."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(batch.images.device.type, self.amp_dtype, self.amp_dtype is not None),
-        ):
-            logits = self.model(batch.images)
-        # A copy made outside of inference mode is an ordinary tensor: autograd refuses to save the other kind for
-        # a backward pass, which a loss may want to do.
-        return logits.to(torch.float32, copy=True)
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 logits ``[B, num_classes]`` of `images`, on their device."""
+        with torch.autocast(images.device.type, self.amp_dtype, self.amp_dtype is not None):
+            return self.model(images).float()
 
 
 def state_digest(model: nn.Module) -> str:
