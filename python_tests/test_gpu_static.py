@@ -51,9 +51,9 @@ class Limits(NamedTuple):
 
 CUDA = (
     Limits("sort_kd_tileINS0_6PeeledIfEELb0", 4, 1000 / 32, 128, 7000, 80, 4.5, 16),
-    Limits("sort_kd_tileINS0_6PeeledINS0_8BFloat16EELb0", 2, 1000 / 16, 128, 12000, 80, 4.5, 16),
+    Limits("sort_kd_tileINS0_6PeeledINS0_8BFloat16EELb0", 2, 1000 / 16, 128, 12000, 80, 4.5, 8),
     Limits("sort_kd_streamINS0_6PeeledIfEELb0", 4, 0, 80, 5500, 80, 4.5, 4),
-    Limits("sort_kd_streamINS0_6PeeledINS0_8BFloat16EELb0", 2, 0, 80, 9000, 80, 4.5, 4),
+    Limits("sort_kd_streamINS0_6PeeledINS0_8BFloat16EELb0", 2, 0, 80, 9000, 80, 4.5, 2),
 )
 # The classes of the row and its dtype, then as above.
 TRITON = (
