@@ -112,10 +112,12 @@ struct LossRows {
 
   void take_logs(RowState<T, moments>* rows, int64_t count) const {
     constexpr bool with_ce = ce_exp != CeExp::None;
-    // A vector's logarithms take as long as those of four numbers. Those of double sums beside float rows have no vector.
+    // Always a vector, of however few rows: a row's last bits must not depend on its neighbours. Double sums beside float rows
+    // have no vector.
     if constexpr (!moments)
-      if (count >= 4) return tile_logs<T>(rows, count, with_ce);
-    for (int64_t r = 0; r < count; ++r) rows[r].logs = row_logs(rows[r].sums, with_ce);
+      tile_logs<T>(rows, count, with_ce);
+    else
+      for (int64_t r = 0; r < count; ++r) rows[r].logs = row_logs(rows[r].sums, with_ce);
   }
 
   // While row n is computed, in place r of a tile of `count`. Where there is nothing to fetch the addresses stay on one cached
