@@ -84,8 +84,9 @@ struct SortKdBackward : torch::autograd::Node {
  private:
   at::Tensor made_now(const at::Tensor& grad_output) {
     const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t.detach()) : std::nullopt; };
-    const LossTensors tensors{student.unpack().detach(), teacher.unpack(), optional(teacher_indices.unpack()),
-                              target.unpack(), optional(temperature.unpack()), std::nullopt};
+    const LossTensors tensors{student.unpack().detach(),          teacher.unpack(),
+                              optional(teacher_indices.unpack()), target.unpack(),
+                              optional(temperature.unpack()),     std::nullopt};
     const bool inplace = request.inplace && !keeps_graph();
     // An op before this one may have saved these logits: it must see that they are gone.
     if (inplace) student.unpack().unsafeGetTensorImpl()->bump_version();
@@ -106,10 +107,9 @@ struct SortKdBackward : torch::autograd::Node {
       torch::autograd::edge_list edges = next_edges();
       grad = grad.detach();
       torch::autograd::set_history(
-          grad, make_node<torch::autograd::Error>(
-                    "sortkd_kernels: second derivatives of the fused losses are not implemented; "
-                    "backend=\"reference\" has them",
-                    std::move(edges)));
+          grad, make_node<torch::autograd::Error>("sortkd_kernels: second derivatives of the fused losses are not implemented; "
+                                                  "backend=\"reference\" has them",
+                                                  std::move(edges)));
     }
   }
 };
@@ -130,9 +130,10 @@ bool is_eager(const at::Tensor& student) {
 
 }  // namespace
 
-std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                                     const at::Tensor& target, const OptionalTensor& temperature,
-                                     const OptionalTensor& row_scale, const LossConfig& config, bool inplace) {
+std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                     const OptionalTensor& teacher_indices, const at::Tensor& target,
+                                     const OptionalTensor& temperature, const OptionalTensor& row_scale,
+                                     const LossConfig& config, bool inplace) {
   if (!is_eager(student)) return std::nullopt;
   const LossTensors tensors{student, teacher, teacher_indices, target, temperature, row_scale};
   const at::Tensor learned = temperature.value_or(at::Tensor());

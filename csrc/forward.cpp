@@ -2,9 +2,8 @@
 //
 // The checks keep memory safe for callers who reach the ops past the public functions. The user's contract, with its friendlier
 // words, is in sortkd_kernels/checks.py.
-#include "ops.h"
-
 #include "kernels.h"
+#include "ops.h"
 
 #if defined(SORTKD_CUDA)
 #include <c10/cuda/CUDAException.h>
@@ -48,8 +47,8 @@ Dtype dtype_of(const at::Tensor& t, const char* name) {
 
 // The kernels count classes in 32 bits, twice over.
 void check_logits(const at::Tensor& logits, const char* name) {
-  TORCH_CHECK_VALUE(logits.dim() > 0 && logits.size(-1) > 0 && logits.size(-1) < (int64_t(1) << 30), "sortkd_kernels: expected ",
-                    name, " of shape [..., C] with 0 < C < 2^30, got ", logits.sizes());
+  TORCH_CHECK_VALUE(logits.dim() > 0 && logits.size(-1) > 0 && logits.size(-1) < (int64_t(1) << 30),
+                    "sortkd_kernels: expected ", name, " of shape [..., C] with 0 < C < 2^30, got ", logits.sizes());
 }
 
 void check_beside(const at::Tensor& t, const char* name, const at::Tensor& logits, at::IntArrayRef shape) {
@@ -95,7 +94,8 @@ at::Tensor empty_logits(const at::Tensor& like) {
 bool is_one(const at::Tensor& grad_output) {
   if (!grad_output.is_cpu() || grad_output.dim()) return false;
   // .item() takes a microsecond.
-  return grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f : grad_output.item<double>() == 1.0;
+  return grad_output.scalar_type() == at::kFloat ? *grad_output.const_data_ptr<float>() == 1.0f
+                                                 : grad_output.item<double>() == 1.0;
 }
 
 template <typename Args, typename OnCpu, typename OnGpu>
@@ -190,9 +190,7 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   const auto scratch_of = [&](size_t bytes) { return at::empty({static_cast<int64_t>(bytes)}, acc.dtype(at::kByte)); };
   launch(
       student, args, [&](const auto& a) { cpu::run_loss(a, scratch_of(cpu::scratch_bytes(a)).data_ptr()); },
-      [&](const auto& a) {
-        check_launch(cuda::run_loss(a, scratch_of(cuda::scratch_bytes(a)).data_ptr(), current_stream()));
-      });
+      [&](const auto& a) { check_launch(cuda::run_loss(a, scratch_of(cuda::scratch_bytes(a)).data_ptr(), current_stream())); });
   if (tensors.row_scale)
     for (at::Tensor* term : {&result.loss, &result.kd, &result.ce})
       if (term->defined()) *term = config.reduction == Reduction::None ? *term * grad_output : (*term * grad_output).sum();
@@ -207,10 +205,14 @@ at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Corr
   const DeviceGuard guard = guard_of(teacher);
   const at::Tensor rows = teacher.contiguous(), labels = target.contiguous();
   at::Tensor corrected = empty_logits(rows);
-  const SortArgs args{labels.numel(),        teacher.size(-1),
-                      correction,            dtype_of(teacher, "teacher"),
-                      rows.const_data_ptr(), labels.const_data_ptr<int64_t>(),
-                      ignore_index,          corrected.data_ptr()};
+  const SortArgs args{labels.numel(),
+                      teacher.size(-1),
+                      correction,
+                      dtype_of(teacher, "teacher"),
+                      rows.const_data_ptr(),
+                      labels.const_data_ptr<int64_t>(),
+                      ignore_index,
+                      corrected.data_ptr()};
   launch(
       teacher, args, [](const auto& a) { cpu::run_sort(a); },
       [&](const auto& a) {

@@ -1,7 +1,8 @@
 // The bridge from forward.cpp to the kernels of a device: plain pointers and numbers, no torch types.
 //
-// Shapes: N rows = outer * inner; logits are [outer, C, inner] (inner = 1: rows contiguous), row values are [N]. Every tensor of
-// logits in a call has the layout of the student. "acc" is float, or double where an input is double. Pointers are the device's.
+// Shapes: N rows = outer * inner; logits are [outer, C, inner] (inner = 1: rows contiguous), row values are [N]. Every tensor
+// of logits in a call has the layout of the student. "acc" is float, or double where an input is double. Pointers are the
+// device's.
 #pragma once
 
 #include <cstddef>
@@ -29,17 +30,17 @@ struct LossArgs {
   const void* teacher;             // [outer, C, inner], or [N, k] values of a top-k teacher
   const int64_t* teacher_indices;  // [N, k], or null for a full teacher
   int64_t k;
-  const int64_t* target;           // [N], each in [0, C) or ignore_index: the kernels check it
-  const void* temperature;         // acc, [N] or [1], or null: config.temperature
-  int64_t temperature_stride;      // 1 or 0
-  const void* grad_output;         // acc, [N] or [1]: d result / d loss; null: 1
-  int64_t grad_output_stride;      // 1 or 0
-  void* loss;                      // acc, [N] or, reduced, [1]
-  void* kd;                        // acc, as loss, or null
-  void* ce;                        // acc, as loss, or null
-  int32_t* rank;                   // [N], or null
-  void* grad_student;              // student's dtype, [outer, C, inner], may be the student itself; or null
-  void* grad_temperature;          // acc [N], or null
+  const int64_t* target;       // [N], each in [0, C) or ignore_index: the kernels check it
+  const void* temperature;     // acc, [N] or [1], or null: config.temperature
+  int64_t temperature_stride;  // 1 or 0
+  const void* grad_output;     // acc, [N] or [1]: d result / d loss; null: 1
+  int64_t grad_output_stride;  // 1 or 0
+  void* loss;                  // acc, [N] or, reduced, [1]
+  void* kd;                    // acc, as loss, or null
+  void* ce;                    // acc, as loss, or null
+  int32_t* rank;               // [N], or null
+  void* grad_student;          // student's dtype, [outer, C, inner], may be the student itself; or null
+  void* grad_temperature;      // acc [N], or null
 
   bool acc_double() const { return student_dtype == Dtype::Double || teacher_dtype == Dtype::Double; }
 };
@@ -51,7 +52,7 @@ struct SortArgs {
   const void* teacher;    // [rows, C]
   const int64_t* target;  // [rows]
   int64_t ignore_index;
-  void* corrected;        // like teacher
+  void* corrected;  // like teacher
 };
 
 // grad = grad * grad_output, to another place or to its own.

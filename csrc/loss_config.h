@@ -12,16 +12,16 @@ enum class Reduction : int64_t { None = 0, Sum = 1, Mean = 2 };
 
 // Fields, their order and their meaning are those of LossConfig in sortkd_kernels/ops.py.
 struct LossConfig {
-  double temperature;          // of every row, where no tensor holds it
+  double temperature;  // of every row, where no tensor holds it
   Correction correction;
   double kd_weight, alpha;
   std::optional<double> beta;  // DKD where it is given, KD otherwise
   double ce_weight;
-  bool standardize;            // LSKD's z-score of both sides
-  bool uniform_tail;           // top-k teachers: the mass outside the k, spread evenly over the absent classes
+  bool standardize;   // LSKD's z-score of both sides
+  bool uniform_tail;  // top-k teachers: the mass outside the k, spread evenly over the absent classes
   Reduction reduction;
   int64_t ignore_index;
-  bool parts;                  // the terms and the rank are wanted beside the loss
+  bool parts;  // the terms and the rank are wanted beside the loss
 
   bool decoupled() const { return beta.has_value(); }
   bool with_ce() const { return ce_weight != 0 || parts; }

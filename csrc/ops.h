@@ -26,7 +26,7 @@ struct GradRequest {
   OptionalTensor grad_output;  // multiplied in before the one rounding; not beside a row_scale
   bool student = false;
   bool temperature = false;
-  bool inplace = false;        // over the student's own storage
+  bool inplace = false;  // over the student's own storage
 };
 
 // What was not asked for is undefined. The student's gradient has the strides of at::empty_like(student).
@@ -50,8 +50,9 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
 // (loss, kd, ce, rank) with autograd around forward(), past the dispatcher, whose argument parser costs more than the kernel at
 // 64 x 100. Nothing where the student has no values to be read: in a trace, under a transform or a mode that wants to see ops.
 using LossOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
-                                     const at::Tensor& target, const OptionalTensor& temperature,
-                                     const OptionalTensor& row_scale, const LossConfig& config, bool inplace);
+std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                     const OptionalTensor& teacher_indices, const at::Tensor& target,
+                                     const OptionalTensor& temperature, const OptionalTensor& row_scale,
+                                     const LossConfig& config, bool inplace);
 
 }  // namespace sortkd

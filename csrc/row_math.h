@@ -27,13 +27,13 @@ constexpr double kLog2e = 1.44269504088896340736;
 // v = (x - reference) / T, in nats; under standardization also divided by the standard deviation.
 template <typename T>
 struct RowSums {
-  T z_student, z_teacher;        // sum exp v
-  T cross;                       // sum exp(v_t) (v_t - v_s)
+  T z_student, z_teacher;  // sum exp v
+  T cross;                 // sum exp(v_t) (v_t - v_s)
   T v_label_student, v_label_teacher;
-  T z_ce, v_label_ce;            // of the student at temperature 1, for the cross-entropy
-  T moment_student;              // sum exp(v_s) v_s
-  T moment_teacher;              // sum exp(v_t) v_t
-  T moment_cross;                // sum exp(v_t) v_t (v_t - v_s)
+  T z_ce, v_label_ce;  // of the student at temperature 1, for the cross-entropy
+  T moment_student;    // sum exp(v_s) v_s
+  T moment_teacher;    // sum exp(v_t) v_t
+  T moment_cross;      // sum exp(v_t) v_t (v_t - v_s)
 };
 
 // With F the row's distillation loss divided by T^2, dF/dv_i = on_student exp(v_s) - on_teacher exp(v_t) for i != y and
@@ -171,8 +171,8 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, const RowLogs<T>& logs, 
   return terms;
 }
 
-// What an absent class of a top-k teacher holds: nothing; or, the k values being log-probabilities of sum `mass`, an equal share
-// of what they leave. Rounding may leave a hair above 1: then nothing is left. A NaN stays one.
+// What an absent class of a top-k teacher holds: nothing; or, the k values being log-probabilities of sum `mass`, an equal
+// share of what they leave. Rounding may leave a hair above 1: then nothing is left. A NaN stays one.
 template <typename T>
 SORTKD_HD T tail_logit(bool uniform, double mass, int64_t absent) {
   if (!uniform || absent == 0 || mass >= 1) return -std::numeric_limits<T>::infinity();
@@ -210,8 +210,8 @@ struct Coefficients {
 // grad_output: what multiplies the row's loss. LSKD's z-score z = (x - mean) / (std + eps) has
 // dz_i / dx_j = ([i = j] - 1 / C) / (std + eps) - z_i z_j / ((C - 1) std), and the gradient by z sums to 0.
 template <typename T>
-SORTKD_HD Coefficients<T> gradient_coefficients(const RowTerms<T>& terms, const LossConfig& config, T grad_output, T temperature,
-                                                T inverse, T C, T label_logit, const MeanStd<T>& student) {
+SORTKD_HD Coefficients<T> gradient_coefficients(const RowTerms<T>& terms, const LossConfig& config, T grad_output,
+                                                T temperature, T inverse, T C, T label_logit, const MeanStd<T>& student) {
   const T kd_scale = grad_output * T(config.kd_weight) * temperature * temperature * inverse;
   const T ce_scale = grad_output * T(config.ce_weight);
   Coefficients<T> c{};

@@ -286,7 +286,8 @@ def check_dkd_with_nothing_beside_the_label(backend, finite, alpha, beta):
 
     leaf = student.requires_grad_()
     loss = fused_sort_dkd(leaf, teacher, target, alpha=alpha, beta=beta, reduction="sum", backend=backend)
-    assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    # Two classes' NCKD is a difference of logarithms of about 1, each with a few roundings, times T^2 and its weight.
+    assert loss.item() == pytest.approx(want, rel=1e-5, abs=T * T * (alpha + beta) * 4 * 2**-24)
     (grad,) = torch.autograd.grad(loss, leaf)
     assert grad.isfinite().all()
     if math.isinf(want) or 1 not in of_student:

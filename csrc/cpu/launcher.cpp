@@ -134,9 +134,8 @@ void run_loss(const LossArgs& args, void* scratch) {
 void run_sort(const SortArgs& args) {
   check_labels(args.target, args.rows, args.C, args.ignore_index);
   const auto run = [&](auto zero) {
-    for_rows(args.rows, args.C, [&](int64_t begin, int64_t end) {
-      row_loops<decltype(zero)>().corrected(args, begin, end, zero);
-    });
+    for_rows(args.rows, args.C,
+             [&](int64_t begin, int64_t end) { row_loops<decltype(zero)>().corrected(args, begin, end, zero); });
   };
   args.dtype == Dtype::Double ? run(0.0) : run(0.0f);
 }

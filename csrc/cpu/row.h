@@ -161,7 +161,7 @@ inline std::pair<MeanStd<T>, MeanStd<T>> mean_std_of(const T* a, const T* b, int
     squares_b[k] = at::vec::fmadd(d_b, d_b, squares_b[k]);
   });
   const auto std_of = [&](const V* squares, T offset) {
-    const T total = sum_of(squares[0] + squares[1]) - filled * offset * offset;  // the filling's own share
+    const T total = sum_of(squares[0] + squares[1]) - filled * offset * offset;    // the filling's own share
     return C > 1 && total > T(0) ? std::sqrt(total / (n - T(1))) : total - total;  // 0, or NaN for a row with one
   };
   return {{a[0] + offset_a, std_of(squares_a, offset_a)}, {b[0] + offset_b, std_of(squares_b, offset_b)}};

@@ -77,7 +77,7 @@ inline void add_lanes(RowSums<A>& sums, const VectorSums<T>& lanes) {
 // Takes the exponentials of both rows without the label, relative to the rows' references, and returns their sums.
 template <typename T, CeExp ce_exp, bool moments, bool sparse>
 inline RowSums<SumType<T, moments>> exponentiate(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
-                               const Ahead& ahead) {
+                                                 const Ahead& ahead) {
   using V = Vec<T>;
   // Copies: as far as the compiler knows, a stored exponential may overwrite anything that it has to be fetched from.
   const T *const logits_s = student.logits, *const logits_t = teacher.logits;
@@ -194,15 +194,15 @@ inline void tile_logs(State* rows, int64_t count, bool with_ce) {
   constexpr int64_t kWidth = V::size();
   for (int64_t first = 0; first < count; first += kWidth) {
     const int64_t lanes = std::min(kWidth, count - first);
-    const auto gathered = [&](T RowSums<T>::*field) {
+    const auto gathered = [&](T RowSums<T>::* field) {
       alignas(64) T values[kWidth] = {};
       for (int64_t i = 0; i < lanes; ++i) values[i] = rows[first + i].sums.*field;
       return V::loadu(values);
     };
     using S = RowSums<T>;
-    const RowLogs<V> of_lanes = row_logs<V, VectorMath<T>>(
-        gathered(&S::z_student), gathered(&S::z_teacher), gathered(&S::z_ce), gathered(&S::v_label_student),
-        gathered(&S::v_label_teacher), gathered(&S::v_label_ce), with_ce);
+    const RowLogs<V> of_lanes = row_logs<V, VectorMath<T>>(gathered(&S::z_student), gathered(&S::z_teacher), gathered(&S::z_ce),
+                                                           gathered(&S::v_label_student), gathered(&S::v_label_teacher),
+                                                           gathered(&S::v_label_ce), with_ce);
     // Both structs are nothing but their fields, in one order.
     constexpr int kFields = sizeof(RowLogs<T>) / sizeof(T);
     alignas(64) T columns[kFields][kWidth];
@@ -218,8 +218,8 @@ inline void tile_logs(State* rows, int64_t count, bool with_ce) {
 
 // `grad` may be the student's own memory: each logit is read for the last time just before its place is written.
 template <typename T, CeExp ce_exp, bool moments, bool sparse>
-inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale,
-                           const Coefficients<T>& c, T mean_student, T* grad) {
+inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const Exponents<T>& scale, const Coefficients<T>& c,
+                           T mean_student, T* grad) {
   using V = Vec<T>;
   const T *const logits = student.logits, *const exps_s = student.exps, *const exps_t = teacher.exps;
   const V on_student(c.on_student), on_teacher(c.on_teacher), on_ce(c.on_ce), mean(mean_student), minus_dstd(-c.dstd);
@@ -247,8 +247,9 @@ inline void write_gradient(const Row<T>& student, const Row<T>& teacher, const E
       },
       [&](int64_t i) {
         const int count = static_cast<int>(std::min<int64_t>(V::size(), C - i));
-        gradient(V::loadu(exps_s + i), V::loadu(exps_t + i) * on_teacher, [&] { return V::loadu(logits + i, count); })
-            .store(grad + i, count);
+        gradient(V::loadu(exps_s + i), V::loadu(exps_t + i) * on_teacher, [&] {
+          return V::loadu(logits + i, count);
+        }).store(grad + i, count);
       });
   grad[student.label] = c.at_label;
 }

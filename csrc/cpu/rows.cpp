@@ -1,11 +1,12 @@
 // The row loop of each op. This file is compiled once for each instruction set and arithmetic type (setup.py), so it and what
 // it includes hold no function that another file could link against: everything lives in the namespace CPU_CAPABILITY.
+#include "rows.h"
+
 #include <cmath>
 #include <memory>
 
 #include "row_io.h"
 #include "row_loss.h"
-#include "rows.h"
 
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
@@ -79,8 +80,7 @@ struct LossRows {
   const int64_t inner = args.layout.inner;
   // The row is read, and its gradient written, where the caller has it.
   const bool direct_student = inner == 1 && args.student_dtype == kDtype<T>;
-  const bool direct_teacher =
-      inner == 1 && args.teacher_dtype == kDtype<T> && !args.teacher_indices;
+  const bool direct_teacher = inner == 1 && args.teacher_dtype == kDtype<T> && !args.teacher_indices;
 
   // The temperature's gradient is a covariance, which wants small terms.
   const bool centred = args.grad_temperature;
@@ -105,9 +105,8 @@ struct LossRows {
   int64_t offset(int64_t n) const { return inner == 1 ? n * C : n / inner * C * inner + n % inner; }
 
   void sum(RowState<T, moments>& row, const Ahead& ahead) const {
-    row.sums = row.teacher.sparse
-                   ? row_sums<T, ce_exp, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
-                   : row_sums<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
+    row.sums = row.teacher.sparse ? row_sums<T, ce_exp, moments, true>(row.student, row.teacher, row.scale, ahead, centred)
+                                  : row_sums<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
   }
 
   void take_logs(RowState<T, moments>* rows, int64_t count) const {
@@ -147,14 +146,16 @@ struct LossRows {
   }
 
   void load(int64_t n, int64_t count, const Workspace<T>& work) const {
-    if (!direct_student) with_dtype(args.student_dtype, [&](auto tag) {
-      const auto* x = static_cast<const decltype(tag)*>(args.student) + offset(n);
-      load_tile(x, C, inner, count, work.student, work.padded);
-    });
-    if (!direct_teacher && !args.teacher_indices) with_dtype(args.teacher_dtype, [&](auto tag) {
-      const auto* x = static_cast<const decltype(tag)*>(args.teacher) + offset(n);
-      load_tile(x, C, inner, count, work.teacher, work.padded);
-    });
+    if (!direct_student)
+      with_dtype(args.student_dtype, [&](auto tag) {
+        const auto* x = static_cast<const decltype(tag)*>(args.student) + offset(n);
+        load_tile(x, C, inner, count, work.student, work.padded);
+      });
+    if (!direct_teacher && !args.teacher_indices)
+      with_dtype(args.teacher_dtype, [&](auto tag) {
+        const auto* x = static_cast<const decltype(tag)*>(args.teacher) + offset(n);
+        load_tile(x, C, inner, count, work.teacher, work.padded);
+      });
   }
 
   void store(int64_t n, int64_t count, const Workspace<T>& work) const {
@@ -223,8 +224,8 @@ struct LossRows {
       return;
     }
     using A = SumType<T, moments>;
-    const RowTerms<A> terms = row_terms<A>(row.sums, row.logs, row.temperature, config.decoupled(), A(config.alpha), A(config.beta_of(C)),
-                                           ce_exp != CeExp::None, moments);
+    const RowTerms<A> terms = row_terms<A>(row.sums, row.logs, row.temperature, config.decoupled(), A(config.alpha),
+                                           A(config.beta_of(C)), ce_exp != CeExp::None, moments);
     *kd = static_cast<T>(terms.kd);
     if (ce) *ce = static_cast<T>(terms.ce);
     const A grad_output =
@@ -281,9 +282,7 @@ void loss_rows(const RowLoop& loop, int64_t begin, int64_t end, SORTKD_ACC) {
   if (temperature == 4) return run(LossRows<T, CeExp::Power4, false>{loop});
   run(LossRows<T, CeExp::Own, false>{loop});
 }
-void corrected_rows(const SortArgs& args, int64_t begin, int64_t end, SORTKD_ACC) {
-  sort_rows<SORTKD_ACC>(args, begin, end);
-}
+void corrected_rows(const SortArgs& args, int64_t begin, int64_t end, SORTKD_ACC) { sort_rows<SORTKD_ACC>(args, begin, end); }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace sortkd

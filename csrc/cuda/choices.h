@@ -129,8 +129,8 @@ inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, co
   int64_t most = static_cast<int64_t>(device.processors) * kBlocksAProcessor;
   // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
   if (shape.held == 0)
-    most = device.processors * std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1,
-                                                   std::max(1, 2048 / shape.threads));
+    most = device.processors *
+           std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1, std::max(1, 2048 / shape.threads));
   if (overrides.blocks) most = overrides.blocks;
   const int64_t tiles = (rows + shape.rows - 1) / shape.rows;
   return static_cast<int>(std::clamp<int64_t>(most / shape.cluster, 1, std::max<int64_t>(tiles, 1))) * shape.cluster;

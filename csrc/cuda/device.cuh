@@ -189,8 +189,7 @@ SORTKD_DEVICE uint4 pack(const Acc<X>* values) {
     memcpy(words, values, 16);
   } else if constexpr (sizeof(X) == 4) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w)
-      words[w] = __float_as_uint(values[w]);  // not copied: that would go through local memory
+    for (int w = 0; w < 4; ++w) words[w] = __float_as_uint(values[w]);  // not copied: that would go through local memory
   } else {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {

@@ -32,10 +32,7 @@ struct Sums {
 // turns, so that one barrier a reduction is enough.
 constexpr int kPartialBytes = 64;
 constexpr int partial_bytes(Kind kind, int threads, int cluster) {
-  return 2 * kPartialBytes *
-         (kind == Kind::Lanes   ? threads / 32
-          : kind == Kind::Block ? threads / 32 * cluster
-                                : threads);
+  return 2 * kPartialBytes * (kind == Kind::Lanes ? threads / 32 : kind == Kind::Block ? threads / 32 * cluster : threads);
 }
 
 template <typename V>

@@ -36,9 +36,7 @@ struct Entry<double> {
     return __longlong_as_double(static_cast<long long>(key >> 63 ? key : ~key & 0x7fffffffffffffffull));
   }
   SORTKD_DEVICE int c() const { return static_cast<int>(index); }
-  SORTKD_DEVICE bool before(const Entry& other) const {
-    return key < other.key || (key == other.key && index < other.index);
-  }
+  SORTKD_DEVICE bool before(const Entry& other) const { return key < other.key || (key == other.key && index < other.index); }
   SORTKD_DEVICE Entry with(double number) const { return {static_cast<uint64_t>(__double_as_longlong(number)), index}; }
   SORTKD_DEVICE double number() const { return __longlong_as_double(static_cast<long long>(key)); }
 };
@@ -152,8 +150,7 @@ struct List {
   const Group<kind>& group;
   Entry<T>* in_device;
 
-  SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group)
-      : places(places), group(group), in_device(nullptr) {
+  SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group) : places(places), group(group), in_device(nullptr) {
     if (kMayBeInDevice && places.in_device) in_device = halves();
   }
   SORTKD_DEVICE Entry<T>* halves() const {
@@ -177,9 +174,7 @@ struct List {
     const int at = atomicAdd(remote ? in_block(count(), 0) : count(), 1);
     if (at < places.room) (remote ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
   }
-  SORTKD_DEVICE int counted() const {
-    return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0);
-  }
+  SORTKD_DEVICE int counted() const { return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0); }
   // By all threads that keep the list.
   SORTKD_DEVICE void put_in_order(int n) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {

@@ -15,8 +15,7 @@ __global__ void __launch_bounds__(kCountThreads)
     sort_kd_count(const int64_t* target, int64_t rows, int64_t ignore_index, unsigned* counts) {
   const int64_t span = (rows + gridDim.x - 1) / gridDim.x, end = min(rows, (blockIdx.x + 1) * span);
   Sums<int, 1> counted{};
-  for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads)
-    counted.of[0] += target[n] != ignore_index;
+  for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads) counted.of[0] += target[n] != ignore_index;
   counted = block_merged(counted, shared_memory());
   if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(counted.of[0]);
 }
@@ -62,8 +61,8 @@ int past_vector(const void* p) { return static_cast<int>(reinterpret_cast<uintpt
 
 // 16-byte accesses to the rows of both sides, wherever they begin.
 bool has_vectors(const LossArgs& args) {
-  return args.layout.inner == 1 && !args.teacher_indices && args.student_dtype == args.teacher_dtype &&
-         !args.acc_double() && past_vector(args.student) == past_vector(args.teacher);
+  return args.layout.inner == 1 && !args.teacher_indices && args.student_dtype == args.teacher_dtype && !args.acc_double() &&
+         past_vector(args.student) == past_vector(args.teacher);
 }
 
 Mode mode_of(const LossArgs& args) {
@@ -112,8 +111,8 @@ struct Plan {
     const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
     const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
     const auto list_blocks = [&](const Shape& s) {
-      return static_cast<int>(std::max<int64_t>(
-          1, std::min<int64_t>(choose_blocks(s, rows, C * (bytes_s + bytes_t), d), kListBytes / list_bytes)));
+      return static_cast<int>(
+          std::max<int64_t>(1, std::min<int64_t>(choose_blocks(s, rows, C * (bytes_s + bytes_t), d), kListBytes / list_bytes)));
     };
     blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
     room = static_cast<int>(most_listed);
@@ -193,8 +192,8 @@ struct Plan {
 
 // Different for every call of a process, and unlike what memory holds.
 unsigned long long fresh_nonce() {
-  static std::atomic<unsigned long long> next{static_cast<unsigned long long>(
-      std::chrono::steady_clock::now().time_since_epoch().count() * 0x9e3779b97f4a7c15ull)};
+  static std::atomic<unsigned long long> next{
+      static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count() * 0x9e3779b97f4a7c15ull)};
   return (next.fetch_add(1) & ((1ull << (64 - kTicketBits)) - 1)) | 1ull << (63 - kTicketBits);
 }
 
@@ -220,11 +219,9 @@ Launch place_lists(const Shape& shape, int blocks, int room, char* in_device, Pa
 }
 
 template <typename T>
-cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& launch, const Params<T>& p,
-                   cudaStream_t stream) {
+cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
-    if (plan.vectors && args.student_dtype == Dtype::Float)
-      return launch_rows<float>(plan.shape, plan.mode, launch, p, stream);
+    if (plan.vectors && args.student_dtype == Dtype::Float) return launch_rows<float>(plan.shape, plan.mode, launch, p, stream);
     if (plan.vectors && args.student_dtype == Dtype::BFloat16)
       return launch_rows<BFloat16>(plan.shape, plan.mode, launch, p, stream);
     if (plan.vectors) return launch_rows<Half>(plan.shape, plan.mode, launch, p, stream);

@@ -77,8 +77,7 @@ bool compiled_for_clusters();
 
 // X: float, BFloat16, Half.
 template <typename X>
-cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p,
-                        cudaStream_t stream);
+cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream);
 
 // Any dtypes and layouts; T: float, double.
 template <typename T>

@@ -37,9 +37,7 @@ struct Vectors {
   // Classes before and after the vectors that are the row's alone.
   SORTKD_DEVICE int before() const { return inner_begin ? W - head : 0; }
   SORTKD_DEVICE int after() const { return (inner_begin + inner_count) * W - head; }
-  SORTKD_DEVICE bool inner(int g) const {
-    return static_cast<unsigned>(g - inner_begin) < static_cast<unsigned>(inner_count);
-  }
+  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g - inner_begin) < static_cast<unsigned>(inner_count); }
   using Raw = uint4;
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4 + g), t = __ldcs(teacher4 + g); }
   static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { unpack<X>(raw, x); }
@@ -69,9 +67,7 @@ struct Mixed {
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = student(g), t = teacher(g); }
   static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { *x = raw; }
   SORTKD_DEVICE T student(int c) const { return element<T>(p.student, p.student_dtype, first + c * p.inner); }
-  SORTKD_DEVICE T teacher(int c) const {
-    return kTopK ? absent : element<T>(p.teacher, p.teacher_dtype, first + c * p.inner);
-  }
+  SORTKD_DEVICE T teacher(int c) const { return kTopK ? absent : element<T>(p.teacher, p.teacher_dtype, first + c * p.inner); }
   SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }
   SORTKD_DEVICE void put(int c, T grad) const { set_element(p.grad, p.student_dtype, first + c * p.inner, grad); }
 };
@@ -238,8 +234,7 @@ struct Row {
 
   // The value that the correction gives to the p-th entry of the list.
   SORTKD_DEVICE T corrected(int at) const {
-    if (p.config.correction == Correction::Sort && at < above)
-      return at + 1 < above ? list[at + 1].value() : teacher_label;
+    if (p.config.correction == Correction::Sort && at < above) return at + 1 < above ? list[at + 1].value() : teacher_label;
     if (p.config.correction == Correction::Swap && above > 0 && at == 0) return teacher_label;
     return list[at].value();
   }
@@ -414,15 +409,13 @@ struct Row {
       of_teacher.reference = teacher_label;
 
       // Sums of squares want small terms.
-      need = to_maxima =
-          counts && (p.moments || !(fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>));
+      need = to_maxima = counts && (p.moments || !(fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>));
       top = teacher_label;
     };
     for (bool first = true;; first = false) {
       if (kHeld > 0 && (first || !kGeneral)) {
 #pragma unroll
-        for (int j = 0; j < kHeld; ++j)
-          access.fetch(min(group.member + group.size * j, access.count - 1), raw_s[j], raw_t[j]);
+        for (int j = 0; j < kHeld; ++j) access.fetch(min(group.member + group.size * j, access.count - 1), raw_s[j], raw_t[j]);
       }
       if (first) begin();
       // The rows of a warp go round together: those that need not have the same sums again.
@@ -439,8 +432,7 @@ struct Row {
       unsigned higher = 0;  // of the values held, those to be listed: a bit each
       each(live, [&](int g, int j) {
         T own_s[W], own_t[W];
-        T *const sv = kHeld > 0 && !kGeneral ? s + j * W : own_s, *const tv =
-                                                                      kHeld > 0 && !kGeneral ? t + j * W : own_t;
+        T *const sv = kHeld > 0 && !kGeneral ? s + j * W : own_s, *const tv = kHeld > 0 && !kGeneral ? t + j * W : own_t;
         if constexpr (kHeld == 0) access.fetch(g, raw_s[0], raw_t[0]);
         A::unpacked(raw_s[j], sv);
         A::unpacked(raw_t[j], tv);
@@ -494,16 +486,14 @@ struct Row {
             add_teacher(some, u, v, power_of_two(v));
           }
           if (above > 0) top = list[0].value();
-          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks())
-            *in_block(notes(), threadIdx.x) = top;
+          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) *in_block(notes(), threadIdx.x) = top;
         }
       }
       add_to(sums, some);
       sums = group.merged(sums);
       if (group.blocks() > 1 && above > 0) top = *notes();
       const auto fits = [&](S z) { return well_scaled<S>(z, S(p.C)); };
-      need = counts && !to_maxima &&
-             !(fits(sums.of[0]) && fits(sums.of[1]) && (kSums < 4 || !p.with_ce || fits(sums.of[3])));
+      need = counts && !to_maxima && !(fits(sums.of[0]) && fits(sums.of[1]) && (kSums < 4 || !p.with_ce || fits(sums.of[3])));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
       // Relative to the means, the moments are what is left of no cancellation.
@@ -547,8 +537,7 @@ struct Row {
         Totals& totals = *this->totals();
         if (counts) totals.kd += static_cast<double>(terms.kd), totals.ce += static_cast<double>(terms.ce);
       } else {
-        p.loss[row] =
-            counts ? T(weighted(S(config.kd_weight), terms.kd) + weighted(S(config.ce_weight), terms.ce)) : T(0);
+        p.loss[row] = counts ? T(weighted(S(config.kd_weight), terms.kd) + weighted(S(config.ce_weight), terms.ce)) : T(0);
         if (p.kd) p.kd[row] = counts ? T(terms.kd) : T(0);
         if (p.ce) p.ce[row] = counts ? T(terms.ce) : T(0);
       }
@@ -560,8 +549,8 @@ struct Row {
       p.grad_temperature[row] = counts ? weight * T(config.kd_weight) * T(terms.grad_temperature) : T(0);
     if (!p.grad) return;
 
-    const auto of = gradient_coefficients(terms, config, S(weight), S(temperature), S(inverse), S(p.C),
-                                          S(student_label), MeanStd<S>{statistics.mean, statistics.std});
+    const auto of = gradient_coefficients(terms, config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
+                                          MeanStd<S>{statistics.mean, statistics.std});
     Coefficients<T> on{T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
     if (!counts) on = {};
     // `logit` where the mode asks for more than the exponentials.
@@ -627,8 +616,7 @@ struct Row {
       group.sync();
       if (group.keeps_list())
 #pragma unroll 1
-        for (int at = group.list_member(); at < listed; at += group.list_size())
-          access.put(list[at].c(), list[at].number());
+        for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
     }
   }
 
@@ -704,13 +692,10 @@ constexpr int most_threads(Kind kind, int held, bool doubles) {
   return kind == Kind::Lanes ? 128 : kind == Kind::Columns ? 256 : held > 0 ? 512 : doubles ? 256 : 512;
 }
 
-constexpr int fewest_blocks(Kind kind, int held, Mode mode) {
-  return kind == Kind::Lanes && mode != Mode::General ? 4 : 1;
-}
+constexpr int fewest_blocks(Kind kind, int held, Mode mode) { return kind == Kind::Lanes && mode != Mode::General ? 4 : 1; }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
-__global__ void __launch_bounds__(most_threads(kKind, kHeld, sizeof(typename A::T) == 8),
-                                  fewest_blocks(kKind, kHeld, kMode))
+__global__ void __launch_bounds__(most_threads(kKind, kHeld, sizeof(typename A::T) == 8), fewest_blocks(kKind, kHeld, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
@@ -750,8 +735,7 @@ template <typename T>
 cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   // Above what every launch may have, a kernel is granted the most once a device.
   if (launch.shared_bytes > kGrantedShared) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   if (launch.cluster == 1) {
@@ -785,15 +769,13 @@ cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, Param
 
 // Of rows whose two sides have one dtype X of 2 or 4 bytes.
 template <typename X>
-cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p,
-                        cudaStream_t stream) {
+cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream) {
   using V = Vectors<X>;
   constexpr int kMost = kValuesHeld / V::W;
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
   const bool kd = mode == Mode::Kd;
   if (shape.kind == Kind::Block && shape.held == 0)
-    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false>
-                  : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
+    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false> : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
   if (shape.kind == Kind::Block) {
     if (mode == Mode::General) return run(sort_kd_rows<V, Kind::Block, kMost, Mode::General, false>);
     return run(kd ? sort_kd_rows<V, Kind::Block, kMost, Mode::Kd, false>
@@ -801,11 +783,9 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   }
   if (mode == Mode::General) return run(sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, false>);
   if (shape.held == 1)
-    return run(kd ? sort_kd_rows<V, Kind::Lanes, 1, Mode::Kd, false>
-                  : sort_kd_rows<V, Kind::Lanes, 1, Mode::KdCe, false>);
+    return run(kd ? sort_kd_rows<V, Kind::Lanes, 1, Mode::Kd, false> : sort_kd_rows<V, Kind::Lanes, 1, Mode::KdCe, false>);
   if (shape.held == 4)
-    return run(kd ? sort_kd_rows<V, Kind::Lanes, 4, Mode::Kd, false>
-                  : sort_kd_rows<V, Kind::Lanes, 4, Mode::KdCe, false>);
+    return run(kd ? sort_kd_rows<V, Kind::Lanes, 4, Mode::Kd, false> : sort_kd_rows<V, Kind::Lanes, 4, Mode::KdCe, false>);
   return run(kd ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, false>
                 : sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, false>);
 }

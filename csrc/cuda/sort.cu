@@ -19,8 +19,7 @@ struct SortParams {
 
 // A block a row. The class's values first as they are, then those of the list over them.
 template <typename X>
-SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& group, const X* in, X* out,
-                                 int64_t row) {
+SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& group, const X* in, X* out, int64_t row) {
   using T = Acc<X>;
   const X* const from = in + row * p.C;
   X* const to = out + row * p.C;
@@ -55,13 +54,11 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
     if (thread == 0) to[list[0].c()] = narrowed<X>(label_value);
     return;
   }
-  for (int at = thread; at < n; at += threads)
-    to[list[at].c()] = narrowed<X>(at + 1 < n ? list[at + 1].value() : label_value);
+  for (int at = thread; at < n; at += threads) to[list[at].c()] = narrowed<X>(at + 1 < n ? list[at + 1].value() : label_value);
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kSortThreads)
-    sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
+__global__ void __launch_bounds__(kSortThreads) sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
   const Group<Kind::Block> group(0, 1);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (p.list.in_device && !p.overflow[row]) continue;
@@ -73,9 +70,8 @@ __global__ void __launch_bounds__(kSortThreads)
 // One number for all values, or one for each row of [outer, C, inner]; `span` = C * inner. The host need not know
 // whether the one number is 1, as in a plain loss.backward(): in place, that costs a launch and no traffic.
 template <typename X>
-__global__ void __launch_bounds__(kScaleThreads)
-    sort_kd_scale(const X* grad, X* scaled, const Acc<X>* grad_output, bool one, int64_t total, int64_t span,
-                  int64_t inner, bool vectors) {
+__global__ void __launch_bounds__(kScaleThreads) sort_kd_scale(const X* grad, X* scaled, const Acc<X>* grad_output, bool one,
+                                                               int64_t total, int64_t span, int64_t inner, bool vectors) {
   using T = Acc<X>;
   constexpr int W = kWidth<X>;
   if (one && grad == scaled && *grad_output == T(1)) return;
@@ -105,11 +101,10 @@ struct SortPlan {
   char* entries = nullptr;
   size_t bytes = 0;
   SortPlan(const SortArgs& args, void* scratch) {
-    const int64_t most = std::max<int64_t>(args.C - 1, 1),
-                  most_room = overrides.list_room ? overrides.list_room : kListRoom;
+    const int64_t most = std::max<int64_t>(args.C - 1, 1), most_room = overrides.list_room ? overrides.list_room : kListRoom;
     room = static_cast<int>(std::min(most, most_room));
-    blocks = static_cast<int>(std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 4, 1,
-                                                  std::max<int64_t>(args.rows, 1)));
+    blocks = static_cast<int>(
+        std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 4, 1, std::max<int64_t>(args.rows, 1)));
     list_bytes = 2 * most * static_cast<int64_t>(sizeof(Entry<Acc<X>>));
     overflow_blocks = 0;
     if (most <= room || args.correction == Correction::None) return;
@@ -152,11 +147,10 @@ cudaError_t scale(const ScaleArgs& args, cudaStream_t stream) {
   // Two rows at most in a vector, and neighbouring classes in it.
   const bool vectors = past == 0 && (one || (args.layout.inner == 1 && span >= kWidth<X>));
   const int64_t needed = (total + kScaleThreads * kWidth<X> - 1) / (kScaleThreads * kWidth<X>);
-  const auto blocks =
-      std::min<int64_t>(needed, overrides.blocks ? overrides.blocks : device().processors * kScaleBlocks);
-  SORTKD_LAUNCH((sort_kd_scale<X>), static_cast<unsigned>(blocks), kScaleThreads, 0, stream,
-                static_cast<const X*>(args.grad), static_cast<X*>(args.scaled),
-                static_cast<const Acc<X>*>(args.grad_output), one, total, span, args.layout.inner, vectors);
+  const auto blocks = std::min<int64_t>(needed, overrides.blocks ? overrides.blocks : device().processors * kScaleBlocks);
+  SORTKD_LAUNCH((sort_kd_scale<X>), static_cast<unsigned>(blocks), kScaleThreads, 0, stream, static_cast<const X*>(args.grad),
+                static_cast<X*>(args.scaled), static_cast<const Acc<X>*>(args.grad_output), one, total, span, args.layout.inner,
+                vectors);
   return cudaGetLastError();
 }
 
@@ -175,8 +169,7 @@ size_t scratch_bytes(const SortArgs& args) {
 }
 
 int run_sort(const SortArgs& args, void* scratch, void* stream) {
-  return with_dtype(args.dtype,
-                    [&](auto x) { return sort<decltype(x)>(args, scratch, static_cast<cudaStream_t>(stream)); });
+  return with_dtype(args.dtype, [&](auto x) { return sort<decltype(x)>(args, scratch, static_cast<cudaStream_t>(stream)); });
 }
 
 int run_scale(const ScaleArgs& args, void* stream) {

@@ -8,9 +8,8 @@
 #include "machine.h"
 
 // What glibc's `assert` calls; hidden and weak as in sanitizer.h.
-extern "C" [[gnu::weak, gnu::visibility("hidden"), noreturn]] void __assert_fail(const char* condition,
-                                                                                const char* file, unsigned line,
-                                                                                const char*) noexcept {
+extern "C" [[gnu::weak, gnu::visibility("hidden"), noreturn]] void __assert_fail(const char* condition, const char* file,
+                                                                                 unsigned line, const char*) noexcept {
   const std::string text = std::string("assertion ") + condition + " (" + simt::place_of(file, line) + ")";
   if (simt::machine.current) simt::fail(text);
   std::fprintf(stderr, "%s failed\n", text.c_str());

@@ -20,9 +20,7 @@ inline void meet(const char* name, uint32_t mask, uint64_t given, const Site& si
   wait_at({name, false, mask, site}, given);
 }
 
-inline uint64_t taken_from(uint32_t lane) {
-  return machine.threads[linear_thread() / kWarp * kWarp + lane].taken;
-}
+inline uint64_t taken_from(uint32_t lane) { return machine.threads[linear_thread() / kWarp * kWarp + lane].taken; }
 
 template <typename T>
 T shuffle(const char* name, uint32_t mask, T value, uint32_t source, const Site& site) {
@@ -30,8 +28,8 @@ T shuffle(const char* name, uint32_t mask, T value, uint32_t source, const Site&
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   meet(name, mask, std::bit_cast<Bits>(value), site);
   if (!(mask >> source & 1))
-    fail(described({name, false, mask, site}) + " reads lane " + std::to_string(source) +
-         ", which is not in the mask " + std::to_string(mask));
+    fail(described({name, false, mask, site}) + " reads lane " + std::to_string(source) + ", which is not in the mask " +
+         std::to_string(mask));
   return std::bit_cast<T>(static_cast<Bits>(taken_from(source)));
 }
 

@@ -1,11 +1,11 @@
 // Kernels with one planted fault each, and the same kernels without it: what the harness must catch, and what it must
 // let pass. Each runs on blocks of 64 threads with as many floats of shared memory, `n` inputs and as many outputs.
-#include "faults.h"
-
 #include <cuda_runtime.h>
 
 #include <cassert>
 #include <map>
+
+#include "faults.h"
 
 namespace simt_faults {
 namespace {
@@ -18,11 +18,11 @@ struct Pair {
 };
 std::map<std::string, Pair> kernels;
 
-#define KERNEL(name)                                                                                             \
-  template <bool kPlanted>                                                                                       \
-  __global__ void name(const float* in, float* out, int n);                                                      \
-  [[maybe_unused]] const bool name##_is_there = kernels.emplace(#name, Pair{name<true>, name<false>}).second;    \
-  template <bool kPlanted>                                                                                       \
+#define KERNEL(name)                                                                                          \
+  template <bool kPlanted>                                                                                    \
+  __global__ void name(const float* in, float* out, int n);                                                   \
+  [[maybe_unused]] const bool name##_is_there = kernels.emplace(#name, Pair{name<true>, name<false>}).second; \
+  template <bool kPlanted>                                                                                    \
   __global__ void name([[maybe_unused]] const float* in, [[maybe_unused]] float* out, [[maybe_unused]] int n)
 
 __device__ int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }

@@ -11,8 +11,8 @@
 
 namespace {
 
-std::vector<float> run(const std::string& kernel, bool planted, const std::vector<float>& in, unsigned blocks,
-                       unsigned threads, size_t shared_bytes) {
+std::vector<float> run(const std::string& kernel, bool planted, const std::vector<float>& in, unsigned blocks, unsigned threads,
+                       size_t shared_bytes) {
   const simt::GuardedMemory input(in.size() * sizeof(float)), output(in.size() * sizeof(float));
   auto *from = static_cast<float*>(input.data()), *to = static_cast<float*>(output.data());
   std::copy(in.begin(), in.end(), from);

@@ -40,9 +40,7 @@ class GuardedMemory {
   char* before() const { return std::max(memory_, data_ - kBefore); }
 
   // By address, so that a half, a bfloat16, a float and a double are NaN; as in shared_memory.h.
-  static char poison(const char* byte) {
-    return static_cast<char>(reinterpret_cast<uintptr_t>(byte) % 2 ? 0x7f : 0xf5);
-  }
+  static char poison(const char* byte) { return static_cast<char>(reinterpret_cast<uintptr_t>(byte) % 2 ? 0x7f : 0xf5); }
   static void fill(char* from, char* to) {
     for (; from < to; ++from) *from = poison(from);
   }

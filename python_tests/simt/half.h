@@ -24,7 +24,7 @@ inline __half __float2half_rn(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t rounded;
   if (magnitude > 0x7f800000u) return {0x7fff};  // the NaN that the hardware gives
-  if (magnitude >= 0x477ff000u) {  // 65520, half way from the largest half to the next power of two
+  if (magnitude >= 0x477ff000u) {                // 65520, half way from the largest half to the next power of two
     rounded = 0x7c00u;
   } else if (magnitude < 0x38800000u) {
     // Below the normal halves: the sum's last bit is worth 2^-24, and the processor rounds to it.

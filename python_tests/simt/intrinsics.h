@@ -22,12 +22,30 @@ inline long long __double_as_longlong(double x) { return std::bit_cast<long long
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 
 // A hint changes no value. The access itself is checked for its alignment (sanitizer.h).
-template <typename T> T __ldg(const T* p) { return *p; }
-template <typename T> T __ldca(const T* p) { return *p; }
-template <typename T> T __ldcg(const T* p) { return *p; }
-template <typename T> T __ldcs(const T* p) { return *p; }
-template <typename T> void __stcs(T* p, T value) { *p = value; }
-template <typename T> void __stcg(T* p, T value) { *p = value; }
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldca(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+template <typename T>
+void __stcg(T* p, T value) {
+  *p = value;
+}
 
 // Threads take turns only at collectives, so what lies between two of them is atomic as it is.
 template <typename T>

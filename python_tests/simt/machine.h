@@ -44,12 +44,12 @@ struct Machine {
   std::string kernel;
   void (*body)(const void* parameters) = nullptr;
   const void* parameters = nullptr;
-  Thread threads[1024];        // of the block that runs; their stacks are kept from launch to launch
-  Thread* current = nullptr;   // null while the scheduler runs
+  Thread threads[1024];       // of the block that runs; their stacks are kept from launch to launch
+  Thread* current = nullptr;  // null while the scheduler runs
   Fiber scheduler;
   SharedMemory shared;
-  int counted = 0;             // threads of the block for which __syncthreads_count is true
-  std::string fault;           // what the current thread did, for the scheduler to throw
+  int counted = 0;    // threads of the block for which __syncthreads_count is true
+  std::string fault;  // what the current thread did, for the scheduler to throw
   volatile std::sig_atomic_t overdue = 0;
 };
 
@@ -69,8 +69,7 @@ inline std::string described(const uint3& index) {
 }
 
 inline std::string blame(const Thread& thread, const std::string& deed) {
-  return machine.kernel + ": block " + described(blockIdx) + ", thread " + described(thread.index) + ": " +
-         deed;
+  return machine.kernel + ": block " + described(blockIdx) + ", thread " + described(thread.index) + ": " + deed;
 }
 
 // Ends the launch because of what the current thread did. Its stack and those of the other threads are left as they

@@ -39,6 +39,5 @@ void guard(bool on) {
 PYBIND11_MODULE(sortkd_simt_harness, module) {
   simt::bind_settings(module);
   module.def("guard", &guard, "From here on tensors end right before memory that nobody may touch; or no longer.");
-  module.def(
-      "damaged", [] { return damaged.exchange(0); }, "Tensors freed since the last call with a write before them.");
+  module.def("damaged", [] { return damaged.exchange(0); }, "Tensors freed since the last call with a write before them.");
 }

@@ -33,9 +33,7 @@ inline size_t shared_limit(const void* kernel) {
 
 // A fault is an exception; so a launch that returns has succeeded.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid argument";
-}
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -46,8 +46,8 @@ SIMT_HANDLER __ubsan_handle_type_mismatch_v1_abort(const simt::Misaligned* what,
 }
 
 SIMT_HANDLER __ubsan_handle_out_of_bounds_abort(const simt::OutOfBounds* what, uintptr_t index) {
-  simt::fail_at(what->place, std::string("index ") + std::to_string(static_cast<intptr_t>(index)) + " outside of " +
-                                 what->array->name);
+  simt::fail_at(what->place,
+                std::string("index ") + std::to_string(static_cast<intptr_t>(index)) + " outside of " + what->array->name);
 }
 
 SIMT_HANDLER __ubsan_handle_shift_out_of_bounds_abort(const simt::SourceLocation* place, uintptr_t, uintptr_t by) {

@@ -32,8 +32,8 @@ class Scheduler {
       if (!moved) release_block();
     }
     if (!machine.shared.intact())
-      throw Fault(blame(machine.threads[0], "the block has written outside of its " +
-                                                std::to_string(machine.shared.bytes()) + " bytes of shared memory"));
+      throw Fault(blame(machine.threads[0], "the block has written outside of its " + std::to_string(machine.shared.bytes()) +
+                                                " bytes of shared memory"));
   }
 
  private:
@@ -105,9 +105,9 @@ class Scheduler {
 
   static bool together(const Thread& one, const Thread& other) {
     const auto &a = one.call, &b = other.call;
-    return one.state == Thread::State::Waiting && other.state == Thread::State::Waiting &&
-           a.whole_block == b.whole_block && a.mask == b.mask && a.site.line() == b.site.line() &&
-           a.site.column() == b.site.column() && place_is_same(a.site, b.site);
+    return one.state == Thread::State::Waiting && other.state == Thread::State::Waiting && a.whole_block == b.whole_block &&
+           a.mask == b.mask && a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
+           place_is_same(a.site, b.site);
   }
 
   static bool place_is_same(const std::source_location& a, const std::source_location& b) {
@@ -129,8 +129,8 @@ class Scheduler {
     for (uint32_t i = 0; i < threads_; ++i) {
       Thread& thread = machine.threads[i];
       if (!together(thread, *first))
-        throw Fault(blame(*first, described(first->call) + " waits for thread " + described(thread.index) +
-                                      ", which " + whereabouts(thread)));
+        throw Fault(blame(*first, described(first->call) + " waits for thread " + described(thread.index) + ", which " +
+                                      whereabouts(thread)));
       machine.counted += thread.given != 0;
     }
     for (uint32_t i = 0; i < threads_; ++i) machine.threads[i].state = Thread::State::Runnable;

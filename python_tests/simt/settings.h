@@ -16,10 +16,10 @@ enum class Order { Forward, Backward, Shuffled };
 struct Settings {
   Order order = Order::Forward;
   uint64_t seed = 1;
-  int multiprocessors = 2;                // few, so that a grid sized by them must loop
-  size_t shared_default = 48 << 10;       // every launch may have this much
-  size_t shared_opt_in = 99 << 10;        // sm_86 and sm_89, the smallest of those that we build for
-  double seconds = 60;                    // of processor time; a launch that takes longer is taken to hang
+  int multiprocessors = 2;           // few, so that a grid sized by them must loop
+  size_t shared_default = 48 << 10;  // every launch may have this much
+  size_t shared_opt_in = 99 << 10;   // sm_86 and sm_89, the smallest of those that we build for
+  double seconds = 60;               // of processor time; a launch that takes longer is taken to hang
 };
 
 inline Settings settings;

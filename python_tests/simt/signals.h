@@ -24,7 +24,7 @@ class Signals {
     stack.ss_sp = memory.data();
     stack.ss_size = memory.size();
     sigaltstack(&stack, &stack_before_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = &on_signal;
     // The handler never returns from a fault, so the signal must not stay blocked until it does.
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;

@@ -12,15 +12,15 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define SIMT_VECTOR2(name, element)                       \
-  struct alignas(2 * sizeof(element)) name {              \
-    element x, y;                                         \
-  };                                                      \
+#define SIMT_VECTOR2(name, element)          \
+  struct alignas(2 * sizeof(element)) name { \
+    element x, y;                            \
+  };                                         \
   inline name make_##name(element x, element y) { return {x, y}; }
-#define SIMT_VECTOR4(name, element)                       \
+#define SIMT_VECTOR4(name, element)                                          \
   struct alignas(sizeof(element) * 4 > 16 ? 16 : sizeof(element) * 4) name { \
-    element x, y, z, w;                                   \
-  };                                                      \
+    element x, y, z, w;                                                      \
+  };                                                                         \
   inline name make_##name(element x, element y, element z, element w) { return {x, y, z, w}; }
 
 SIMT_VECTOR2(float2, float)
