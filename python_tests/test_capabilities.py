@@ -51,4 +51,4 @@ def test_core(capability):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     # A misspelt filter would select nothing and pass.
-    assert done.stdout.count(".") > 1000
+    assert done.stdout.count(".") > 500
