@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 from cases import F16, F32, F64, Rows, Variant
-from tolerance import Yardstick, assert_matches, expect
+from tolerance import ROUNDINGS, Yardstick, assert_matches, errors_in_roundings, expect
 
 from sortkd_kernels import fused_sort_dkd, fused_sort_kd
 
@@ -135,7 +135,10 @@ def test_long_rows_of_equal_terms(variant):
     student, teacher = torch.zeros(2, C), torch.zeros(2, C)
     teacher[:, 0], student[:, 1] = 1.0, 2.0
     rows = Rows(student, teacher, torch.tensor([0, 3]))
-    assert_matches(cases.run(rows, variant, "native"), expect(rows, variant))
+    # Twice the usual: all exponentials have one and the same error here, which averages out nowhere. A running sum would
+    # be off by thousands.
+    for name, error in errors_in_roundings(cases.run(rows, variant, "native"), expect(rows, variant)).items():
+        assert error.max() <= 2 * ROUNDINGS[name], name
 
 
 @FUSED_BACKENDS
