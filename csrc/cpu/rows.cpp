@@ -95,7 +95,7 @@ struct LossRows {
       for (int64_t r = 0; r < count; ++r) prepare(n + r, r, rows[r], work);
       for (int64_t r = 0; r < count; ++r)
         if (rows[r].counts) sum(rows[r], ahead(n + r, count, r, work));
-      take_logs(rows, count);
+      take_logs(rows, count, work.tile);
       for (int64_t r = 0; r < count; ++r) finish(n + r, rows[r], gradient_place(n + r, r, work));
       if (args.grad_student && !direct_student) store(n, count, work);
       n += count;
@@ -109,14 +109,13 @@ struct LossRows {
                                   : row_sums<T, ce_exp, moments, false>(row.student, row.teacher, row.scale, ahead, centred);
   }
 
-  void take_logs(RowState<T, moments>* rows, int64_t count) const {
+  void take_logs(RowState<T, moments>* rows, int64_t count, int64_t tile) const {
     constexpr bool with_ce = ce_exp != CeExp::None;
-    // Always a vector, of however few rows: a row's last bits must not depend on its neighbours. Double sums beside float rows
-    // have no vector.
+    // A vector's logarithms take as long as those of four numbers. By the tile's size and not by how many rows there are: a
+    // row's last bits must not depend on its neighbours. Double sums beside float rows have no vector.
     if constexpr (!moments)
-      tile_logs<T>(rows, count, with_ce);
-    else
-      for (int64_t r = 0; r < count; ++r) rows[r].logs = row_logs(rows[r].sums, with_ce);
+      if (tile >= 4) return tile_logs<T>(rows, count, with_ce);
+    for (int64_t r = 0; r < count; ++r) rows[r].logs = row_logs(rows[r].sums, with_ce);
   }
 
   // While row n is computed, in place r of a tile of `count`. Where there is nothing to fetch the addresses stay on one cached
