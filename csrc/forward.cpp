@@ -17,7 +17,7 @@
 namespace sortkd {
 namespace {
 
-bool on_gpu(const at::Tensor& t) { return t.device().type() == kCudaKernelsOn; }
+[[maybe_unused]] bool on_gpu(const at::Tensor& t) { return t.device().type() == kCudaKernelsOn; }
 
 #if defined(SORTKD_CUDA)
 using DeviceGuard = c10::cuda::OptionalCUDAGuard;

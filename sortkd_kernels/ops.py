@@ -185,6 +185,7 @@ if backends.available_backends()["native"].available:
 if backends.available_backends()["triton"].available:
     _LIBRARIES.append(define("sortkd_kernels", "_triton"))
 
+    @functools.cache
     def _triton() -> Any:
         """Imported at the first call: it takes half a second, which a CPU user never needs to spend."""
         from .backends import triton
