@@ -52,6 +52,25 @@ at::Tensor defined_or_empty(const at::Tensor& t, const at::Tensor& like, at::Sca
   return t.defined() ? t : at::empty({0}, like.options().dtype(dtype));
 }
 
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+Outputs outputs_of(const LossResult& r, const at::Tensor& student) {
+  const auto acc = r.loss.scalar_type();
+  return {r.loss,
+          defined_or_empty(r.kd, r.loss, acc),
+          defined_or_empty(r.ce, r.loss, acc),
+          defined_or_empty(r.rank, r.loss, at::kInt),
+          defined_or_empty(r.grad_student, student, student.scalar_type()),
+          defined_or_empty(r.grad_temperature, r.loss, acc)};
+}
+
+// The op for tensors with values, which may also write over the student.
+Outputs loss_forward(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& teacher_indices,
+                     const at::Tensor& target, const OptionalTensor& temperature, const LossConfig& config,
+                     const OptionalTensor& grad_output, bool grad_student, bool grad_temperature, bool inplace) {
+  const LossTensors tensors{student, teacher, teacher_indices, target, temperature, std::nullopt};
+  return outputs_of(forward(tensors, config, {grad_output, grad_student, grad_temperature, inplace}), student);
+}
+
 // The arguments of the schema from the dispatcher's stack, from the last to the first.
 void sort_kd_forward(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size()).vec();
@@ -76,13 +95,9 @@ void sort_kd_forward(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::
   request.grad_output = optional();
   request.student = take().toBool();
   request.temperature = take().toBool();
-  const LossResult r = forward(t, config, request);
-  const auto acc = r.loss.scalar_type();
+  const Outputs outputs = outputs_of(forward(t, config, request), t.student);
   torch::jit::drop(*stack, arguments.size());
-  torch::jit::push(*stack, r.loss, defined_or_empty(r.kd, r.loss, acc), defined_or_empty(r.ce, r.loss, acc),
-                   defined_or_empty(r.rank, r.loss, at::kInt),
-                   defined_or_empty(r.grad_student, t.student, t.student.scalar_type()),
-                   defined_or_empty(r.grad_temperature, r.loss, acc));
+  std::apply([&](const auto&... output) { torch::jit::push(*stack, output...); }, outputs);
 }
 
 at::Tensor sort_logits_op(const at::Tensor& teacher, const at::Tensor& target, int64_t correction, int64_t ignore_index) {
@@ -107,6 +122,7 @@ SORTKD_IMPLEMENT(SORTKD_LIBRARY, CUDA, m) {
 PYBIND11_MODULE(SORTKD_MODULE, module) {
   module.doc() = "The compiled part of sortkd_kernels; importing it registers the kernels of the ops.";
   module.def("eager_loss", &sortkd::eager_loss);
+  module.def("loss_forward", &sortkd::loss_forward);
 #if defined(SORTKD_SIMT)
   // Tests reach every code path with small rows.
   module.def("set_choices", [](int lanes, int threads, int cluster, int from_memory, int list_room, int blocks) {

@@ -40,7 +40,7 @@ def loss(
     if torch.is_grad_enabled() and (student.requires_grad or learned):
         others = teacher, teacher_indices, target, row_scale
         return _Loss.apply(student, temperature, kernels, others, config, inplace and _has_values(student))
-    return _forward(kernels, inputs, config, None, False, False)[:4]
+    return forward(kernels, inputs, config, None, False, False)[:4]
 
 
 class _Loss(torch.autograd.Function):
@@ -54,30 +54,25 @@ class _Loss(torch.autograd.Function):
         ctx.in_backward = student.dtype == torch.float16 and asked_student
         now = asked_student and not ctx.in_backward
         inputs = student, *others[:3], temperature, others[3]
-        *parts, grad_student, grad_temperature = _forward(
+        *parts, grad_student, grad_temperature = forward(
             kernels, inputs, config, None, now, asked_temperature, ctx.inplace and now
         )
-        _save(ctx, grad_student, grad_temperature, temperature, *(inputs if ctx.in_backward else ()))
+        save(ctx, grad_student, grad_temperature, temperature, *(inputs if ctx.in_backward else ()))
         ctx.mark_non_differentiable(*parts[1:])
         return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would pass a gradient on that is silently constant where `grad_output` is.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "sortkd_kernels: second derivatives of the fused losses are not implemented; "
-                'backend="reference" has them (backward was called with create_graph=True)'
-            )
-        grad_student, rows, temperature, *inputs = _saved(ctx)
+        refuse_second_derivative()
+        grad_student, rows, temperature, *inputs = saved(ctx)
         if not ctx.needs_input_grad[0]:
             grad_student = None
         elif ctx.in_backward:
             # A kept graph reads the logits again.
-            inplace = ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph()
+            inplace = ctx.inplace and not keeps_graph()
             *inputs, row_scale = inputs
             scale = grad_output if row_scale is None else grad_output * row_scale
-            grad_student = _forward(ctx.kernels, (*inputs, None), ctx.config, scale, True, False, inplace)[4]
+            grad_student = forward(ctx.kernels, (*inputs, None), ctx.config, scale, True, False, inplace)[4]
         else:
             grad_student = _scaled(ctx.kernels, grad_student, grad_output)
         grad_temperature = None
@@ -92,7 +87,7 @@ def reduced(rows: Tensor, row_scale: Tensor, config: Any) -> Tensor:
     return (rows * row_scale).sum() if config.reduction else rows * row_scale
 
 
-def _forward(
+def forward(
     kernels: Kernels, inputs: tuple[Any, ...], config: Any, grad_output: Tensor | None,
     grad_student: bool, grad_temperature: bool, inplace: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -120,8 +115,7 @@ def _scaled(kernels: Kernels, grad: Tensor, grad_output: Tensor) -> Tensor:
     if kernels.scale is None or not _has_values(grad):
         return (grad * (grad_output.unsqueeze(-1) if grad_output.dim() else grad_output)).to(grad.dtype)
     # Unless the graph is kept, nobody reads the buffer again.
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
-    return kernels.scale(grad.clone() if keep else grad, grad_output)
+    return kernels.scale(grad.clone() if keeps_graph() else grad, grad_output)
 
 
 def _has_values(t: Tensor) -> bool:
@@ -131,11 +125,26 @@ def _has_values(t: Tensor) -> bool:
     return type(t) is Tensor or type(t) is torch.nn.Parameter
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
+def keeps_graph() -> bool:
+    """In a backward pass: whether another one may follow, as always in a trace."""
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Keep tensors for the backward pass; autograd refuses to save those of ``torch.inference_mode()``."""
     ctx.unversioned = [t if t is not None and _has_values(t) and t.is_inference() else None for t in tensors]
     ctx.save_for_backward(*(t if own is None else None for t, own in zip(tensors, ctx.unversioned, strict=True)))
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Any]:
+    """What :func:`save` has kept."""
     return [t if own is None else own for t, own in zip(ctx.saved_tensors, ctx.unversioned, strict=True)]
+
+
+def refuse_second_derivative() -> None:
+    """In a backward pass: once_differentiable would pass on a gradient that is silently constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "sortkd_kernels: second derivatives of the fused losses are not implemented; "
+            'backend="reference" has them (backward was called with create_graph=True)'
+        )

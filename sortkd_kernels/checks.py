@@ -105,11 +105,77 @@ def check_top_k(fn: str, student: Tensor, values: Tensor, indices: Tensor) -> No
     check_device(fn, "student", student, "teacher_indices", indices)
 
 
-def as_temperature(fn: str, temperature: float) -> float:
+TEACHERS = (("teacher_hidden", "teacher_weight"), ("teacher_logits",), ("teacher_values", "teacher_indices"))
+
+
+def check_one_teacher(fn: str, **tensors: Tensor | None) -> None:
+    """One of the ways to give a teacher, and that wholly: one of ``TEACHERS``."""
+    given = tuple(name for name, tensor in tensors.items() if tensor is not None)
+    if given not in TEACHERS:
+        raise ValueError(
+            f"{fn}: expected one teacher, by {', or by '.join(map(' and '.join, TEACHERS))}, "
+            f"got {' and '.join(given) or 'none of them'}"
+        )
+
+
+def check_linear(fn: str, prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states ``[..., H]``, a weight ``[C, H]`` and perhaps a bias ``[C]``.
+
+    ``prefix``: that of the arguments' names, ``"teacher_"`` for a teacher's, which no gradient flows to.
+    """
+    check_logits(fn, f"{prefix}hidden", hidden)
+    check_logits(fn, f"{prefix}weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
+        raise ValueError(
+            f"{fn}: expected {prefix}weight of shape (C, {hidden.shape[-1]}) with C > 0 to match {prefix}hidden "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    check_device(fn, f"{prefix}hidden", hidden, f"{prefix}weight", weight)
+    if bias is not None:
+        check_logits(fn, f"{prefix}bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{fn}: expected {prefix}bias of shape ({weight.shape[0]},) to match {prefix}weight "
+                f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
+            )
+        check_device(fn, f"{prefix}hidden", hidden, f"{prefix}bias", bias)
+    if prefix:
+        for argument, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                check_frozen(fn, prefix + argument, tensor)
+
+
+def check_same_dtype(fn: str, first: str, a: Tensor, second: str, b: Tensor | None) -> None:
+    """Two factors of a matrix product, or nothing as the second."""
+    if b is not None and a.dtype != b.dtype:
+        raise TypeError(f"{fn}: expected {second} of dtype {_dtype(a)} like {first}, got {_dtype(b)}")
+
+
+def check_rows(fn: str, argument: str, tensor: Tensor, hidden: Tensor) -> None:
+    """As many rows as the student's hidden states, on their device."""
+    if tensor.shape[:-1] != hidden.shape[:-1]:
+        last = tuple(tensor.shape[-1:])
+        raise ValueError(
+            f"{fn}: expected {argument} of shape {tuple(hidden.shape[:-1]) + last} to match hidden "
+            f"{tuple(hidden.shape)}, got {tuple(tensor.shape)}"
+        )
+    check_device(fn, "hidden", hidden, argument, tensor)
+
+
+def as_chunk_rows(fn: str, chunk_rows: int | str) -> int | None:
+    """A positive number of rows, or None for ``"auto"``."""
+    if chunk_rows == "auto":
+        return None
+    if isinstance(chunk_rows, str) or as_int(fn, "chunk_rows", chunk_rows) <= 0:
+        raise ValueError(f'{fn}: expected chunk_rows to be "auto" or a positive number of rows, got {chunk_rows!r}')
+    return int(chunk_rows)
+
+
+def as_positive(fn: str, argument: str, value: float) -> float:
     """A positive finite number."""
-    number = as_float(fn, "temperature", temperature)
+    number = as_float(fn, argument, value)
     if number <= 0:
-        raise ValueError(f"{fn}: expected temperature to be positive, got {temperature}")
+        raise ValueError(f"{fn}: expected {argument} to be positive, got {value}")
     return number
 
 
@@ -177,28 +243,31 @@ def as_int(fn: str, argument: str, value: int) -> int:
     return int(value)
 
 
-def allows_inplace(fn: str, student: Tensor, teacher: Tensor) -> bool:
+def allows_inplace(fn: str, student: Tensor, teacher: Tensor, argument: str = "student") -> bool:
     """Whether the gradient may be written over ``student``: not where the teacher is the very same elements.
+
+    The ``argument`` is the student's logits, or its hidden states, whose gradient is as large.
 
     Raises:
         ValueError: values that somebody still needs would be lost: those of a parameter, of memory between the rows, or
             of a teacher that shares some of the student's memory.
     """
+    values = "logits" if argument == "student" else "hidden states"
     if not student.is_contiguous():
         raise ValueError(
-            f"{fn}: expected a contiguous student with inplace=True, since the gradient is written over it, "
+            f"{fn}: expected a contiguous {argument} with inplace=True, since the gradient is written over it, "
             f"got strides {list(student.stride())}"
         )
     if student.is_leaf:
         raise ValueError(
-            f"{fn}: expected logits that a model computed with inplace=True, got a leaf tensor that requires "
+            f"{fn}: expected {values} that a model computed with inplace=True, got a leaf tensor that requires "
             "grad, whose values would be lost; pass inplace=False"
         )
     base = student._base
     if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError(
-            f"{fn}: expected logits that a model computed with inplace=True, got a view of a leaf tensor that requires "
-            "grad, whose values would be lost; pass inplace=False"
+            f"{fn}: expected {values} that a model computed with inplace=True, got a view of a leaf tensor that "
+            "requires grad, whose values would be lost; pass inplace=False"
         )
     if not student.numel() or not teacher.numel():
         return True
@@ -208,7 +277,7 @@ def allows_inplace(fn: str, student: Tensor, teacher: Tensor) -> bool:
     if not apart and not (same and begin == first):
         raise ValueError(
             f"{fn}: expected a teacher with memory of its own, or of the student's very elements, with inplace=True, "
-            "since the gradient is written over the student; got one that overlaps it in part; pass inplace=False"
+            f"since the gradient is written over the {argument}; got one that overlaps it in part; pass inplace=False"
         )
     return apart
 

@@ -265,18 +265,17 @@ def _row_scale(
     denominator: float | Tensor | None, row_weight: Tensor | None,
 ) -> tuple[Tensor, ops.LossConfig]:  # fmt: skip
     """What multiplies the loss of each row, and the options of the reduction that is left: a sum, or none."""
-    scale = torch.ones((), device=student.device)
+    scale = torch.ones((), dtype=ops.arithmetic(student, teacher), device=student.device)
     if row_weight is not None:
         checks.check_row_weight(fn, row_weight, student, target)
-        scale = row_weight
+        scale = row_weight.to(scale.dtype)
     reduction = checks.REDUCTIONS[config.reduction]
     if denominator is not None:
         checks.check_denominator(fn, denominator, student, reduction)
         scale = scale / denominator
     if reduction == "mean":
         scale, reduction = scale / (target != config.ignore_index).sum(), "sum"
-    scale = scale.to(ops.arithmetic(student, teacher))
-    return scale, config._replace(reduction=checks.REDUCTIONS.index(reduction))
+    return scale.to(ops.arithmetic(student, teacher)), config._replace(reduction=checks.REDUCTIONS.index(reduction))
 
 
 def _options(fn: str, temperature: float | Tensor, correction: str, *others: Any) -> ops.LossConfig:
@@ -296,7 +295,7 @@ def _checked_options(
     checks.check_choice(fn, "correction", correction, checks.CORRECTIONS)
     checks.check_choice(fn, "reduction", reduction, _REDUCTION)
     return ops.LossConfig(
-        temperature=checks.as_temperature(fn, temperature),
+        temperature=checks.as_positive(fn, "temperature", temperature),
         correction=checks.CORRECTIONS.index(correction),
         kd_weight=checks.as_float(fn, "kd_weight", kd_weight),
         alpha=checks.as_float(fn, "alpha", alpha),

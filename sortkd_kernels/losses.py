@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .fused_linear import fused_linear_sort_kd
 from .fused_sort_kd import SortKDOutput, fused_sort_dkd, fused_sort_kd
 
 
@@ -18,6 +19,14 @@ class _Loss(nn.Module):
         super().__init__()
         self.arguments = arguments
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+
+    def _of(self, *tensors: Tensor, **overrides: object) -> Tensor | SortKDOutput:
+        return type(self).function(*tensors, **(self.arguments | overrides))
+
+
+class _LogitLoss(_Loss):
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor, **overrides: object) -> Tensor | SortKDOutput:
         """The loss of logits ``student``, ``teacher`` ``[..., C]`` and labels ``target`` ``[...]``.
 
@@ -25,13 +34,10 @@ class _Loss(nn.Module):
             overrides: keyword arguments of the function for this call alone, such as a learned ``temperature`` or
                 the ``kd_weight`` of a warm-up.
         """
-        return type(self).function(student, teacher, target, **(self.arguments | overrides))
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return self._of(student, teacher, target, **overrides)
 
 
-class SortKDLoss(_Loss):
+class SortKDLoss(_LogitLoss):
     """:func:`fused_sort_kd` with its arguments kept.
 
     ``ce_weight`` and ``kd_weight`` are the field's for CIFAR-100, 0.1 and 0.9, where the function's are 0 and 1.
@@ -57,7 +63,7 @@ class SortKDLoss(_Loss):
         )
 
 
-class SortDKDLoss(_Loss):
+class SortDKDLoss(_LogitLoss):
     """:func:`fused_sort_dkd` with its arguments kept.
 
     ``ce_weight`` is the field's for CIFAR-100, 1, where the function's is 0.
@@ -82,6 +88,28 @@ class SortDKDLoss(_Loss):
         super().__init__(
             temperature=temperature, alpha=alpha, beta=beta, correction=correction, ce_weight=ce_weight, **arguments
         )
+
+
+class FusedLinearSortKDLoss(_Loss):
+    """:func:`fused_linear_sort_kd` with its arguments kept.
+
+    Args:
+        temperature: as in :func:`fused_linear_sort_kd`.
+        arguments: its other keyword arguments, with its defaults.
+    """
+
+    function = staticmethod(fused_linear_sort_kd)
+
+    def __init__(self, temperature: float = 4.0, **arguments: object) -> None:
+        super().__init__(temperature=temperature, **arguments)
+
+    def forward(self, hidden: Tensor, weight: Tensor, target: Tensor, **overrides: object) -> Tensor | SortKDOutput:
+        """The loss of hidden states ``[..., H]``, the output weight ``[C, H]`` and labels ``[...]``.
+
+        Args:
+            overrides: the teacher, and keyword arguments of the function for this call alone.
+        """
+        return self._of(hidden, weight, target, **overrides)
 
 
 class LearnedTemperature(nn.Module):

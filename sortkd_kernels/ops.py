@@ -165,15 +165,16 @@ EAGER_LOSS: dict[str, Callable[..., autograd.Parts | None]] = {}
 # By backend, `(student, teacher, teacher_indices, target, temperature, row_scale, config, inplace)
 # -> (loss, kd, ce, rank)` ...
 LOSS: dict[str, Callable[..., autograd.Parts]] = {"reference": reference_loss}
-# ... and `(teacher, target, correction, ignore_index) -> corrected`.
+# ... `(teacher, target, correction, ignore_index) -> corrected` ...
 SORT_LOGITS: dict[str, Callable[..., Tensor]] = {"reference": reference_sort_logits}
+# ... and, of the compiled backends, what makes loss and gradient at once.
+KERNELS: dict[str, autograd.Kernels] = {}
 
 
 def register_native(name: str, extension: Any, namespace: str) -> None:
     """Enter a compiled extension, whose kernels are registered in ``namespace``, as a backend."""
     ops = getattr(torch.ops, namespace)
-    kernels = autograd.Kernels(ops.sort_kd_forward.default)
-
+    KERNELS[name] = kernels = autograd.Kernels(ops.sort_kd_forward.default, extension.loss_forward)
     EAGER_LOSS[name] = extension.eager_loss
     LOSS[name], SORT_LOGITS[name] = functools.partial(autograd.loss, kernels), ops.sort_logits.default
 
@@ -213,7 +214,8 @@ if backends.available_backends()["triton"].available:
 
     _LIBRARIES[-1].impl("sort_kd_forward_triton", _triton_op, "CompositeExplicitAutograd")
     _LIBRARIES[-1].impl("sort_logits_triton", _triton_sort_logits, "CompositeExplicitAutograd")
-    _TRITON = autograd.Kernels(torch.ops.sortkd_kernels.sort_kd_forward_triton.default, _triton_forward, _triton_scale)
-
-    LOSS["triton"] = functools.partial(autograd.loss, _TRITON)
+    KERNELS["triton"] = autograd.Kernels(
+        torch.ops.sortkd_kernels.sort_kd_forward_triton.default, _triton_forward, _triton_scale
+    )
+    LOSS["triton"] = functools.partial(autograd.loss, KERNELS["triton"])
     SORT_LOGITS["triton"] = torch.ops.sortkd_kernels.sort_logits_triton.default

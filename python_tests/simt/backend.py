@@ -66,6 +66,6 @@ def installed() -> Iterator[ModuleType]:
         harness.guard(False)
         backends.NAMES = names
         del backends._STATES[NAME]
-        for table in (ops.LOSS, ops.EAGER_LOSS, ops.SORT_LOGITS):
+        for table in (ops.LOSS, ops.EAGER_LOSS, ops.SORT_LOGITS, ops.KERNELS):
             del table[NAME]
     assert not harness.damaged(), "a kernel has written before the start of a tensor"

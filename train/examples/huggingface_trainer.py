@@ -1,15 +1,15 @@
-"""Sort-KD with Hugging Face's `Trainer`: a two-layer causal language model, on made sequences of unequal length.
+"""Sort-KD with Hugging Face's `Trainer`, from hidden states: a two-layer causal language model on made sequences.
 
-Three things around the one call of the loss have to be right:
+Four things around the one call of the loss have to be right:
 
-* Position i predicts token i + 1. The *labels* move by one place and the last position gets `ignore_index`. Slicing the
-  logits instead would copy `[B, L - 1, V]` numbers, since the kernel wants contiguous ones.
+* The models are asked for their last hidden states and for the logits of one position only (`logits_to_keep=1`), which
+  goes through DDP's and Accelerate's wrappers as any call does. The loss makes the logits itself, some rows at a time.
+* Position i predicts token i + 1. The *labels* move by one place and the last position gets `ignore_index`; rows to
+  ignore, padding among them, cost no matrix product.
 * The loss is a sum with the denominator `num_items_in_batch`, the tokens that count in all the micro-batches of one
   step. With a mean of each micro-batch, the tokens of short sequences would weigh more under gradient accumulation.
-* `inplace=True` writes the gradient over the logits, the largest tensor of the step. That is safe: they come out of a
-  Linear layer, which does not keep them for its backward pass, and nobody reads them later unless `return_outputs`.
-  Without gradients, as in evaluation, nothing is overwritten. A model that caps its logits by tanh does keep them:
-  there autograd raises an error, and `inplace` has to go.
+* The labels here are the data's, so a teacher that contradicts them is wrong. Where the tokens are the student's own
+  samples (on-policy distillation) there is no label to correct by: use `correction="none"` there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from sortkd_kernels import SortKDLoss
+from sortkd_kernels import FusedLinearSortKDLoss
 
 VOCABULARY, LENGTH, IGNORE = 64, 24, -100
 
@@ -33,7 +33,9 @@ class SortKDTrainer(Trainer):
     def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-        self.criterion = SortKDLoss(2.0, ce_weight=0.5, kd_weight=0.5, reduction="sum", ignore_index=IGNORE)
+        self.criterion = FusedLinearSortKDLoss(
+            2.0, ce_weight=0.5, kd_weight=0.5, reduction="sum", ignore_index=IGNORE
+        )  # fmt: skip
 
     def compute_loss(
         self,
@@ -42,18 +44,24 @@ class SortKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        # With the labels, either model would make a cross-entropy of its own, from a float32 copy of the logits.
+        # With the labels, either model would make a cross-entropy of its own, of all logits.
         tokens = {name: value for name, value in inputs.items() if name != "labels"}
+        tokens |= {"output_hidden_states": True, "logits_to_keep": 1}
         target = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
         outputs = model(**tokens)
         with torch.no_grad():
-            teacher_logits = self.teacher(**tokens).logits
+            of_teacher = self.teacher(**tokens)
         if num_items_in_batch is None:  # then the Trainer divides by the number of micro-batches itself
             num_items_in_batch = (target != IGNORE).sum().clamp(min=1)
         elif self.args.average_tokens_across_devices:  # then it counts all processes, whose gradients DDP averages
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         loss = self.criterion(
-            outputs.logits, teacher_logits, target, denominator=num_items_in_batch, inplace=not return_outputs
+            outputs.hidden_states[-1],
+            self.accelerator.unwrap_model(model).lm_head.weight,
+            target,
+            teacher_hidden=of_teacher.hidden_states[-1],
+            teacher_weight=self.teacher.lm_head.weight,
+            denominator=num_items_in_batch,
         )
         return (loss, outputs) if return_outputs else loss
 
