@@ -268,11 +268,11 @@ def finish_row(
         gap = LN2 * cross * inverse_t
         teacher_v = teacher_u + gap
         covariance = LN2 * LN2 * w * inverse_t - teacher_v * gap
-        spread = p * rest_p
-        above = tl.where(spread == 0, 0.0, spread * (LN2 * x_t - teacher_v))
+        variance = p * rest_p
+        above = tl.where(variance == 0, 0.0, variance * (LN2 * x_t - teacher_v))
         inner = B * (mean_u - teacher_u) + tl.where(excess == 0, 0.0, A * excess * (LN2 * x_s - mean_u))
-        inner += tl.where(spread == 0, 0.0, A * above * (d_t - d_s)) + B * covariance
-        inner -= tl.where(decoupled | (spread == 0), 0.0, above * nckd)
+        inner += tl.where(variance == 0, 0.0, A * above * (d_t - d_s)) + B * covariance
+        inner -= tl.where(decoupled | (variance == 0), 0.0, above * nckd)
         by_temperature = weight * (2.0 * kd / T - T * inner)
         # dz_i/ds_j = ([i = j] - 1/C) / (eps + std) - z_i z_j / ((C - 1) std); the gradient at z sums to 0.
         dstd = T * T * LN2 * (others * u_s * inverse_s - B * u_t * inverse_t + A * excess * x_s)
