@@ -53,7 +53,7 @@ N, C = 24, 50
 ONE_BLOCK, FEW_ROWS = vocab_parallel.CPU_BLOCK_BYTES, 4096  # the second: some rows a block, several exchanges of lists
 
 
-# ---- The table of calls -----------------------------------------------------------------------------------------------
+# ---- The table of calls --------------------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
@@ -96,7 +96,9 @@ def table(world: int) -> dict[str, Call]:
             calls[f"{name} {dtype_id(pair)}"] = Call(make_rows(N, C, pair), BY_NAME[name], widths)
     for pair in ((F32, F32), (BF16, BF16), (F64, F64)):
         for name in ("sort", "swap", "plain-kd", "T4-ce-rows", "dkd-row-T"):
-            calls[f"special {name} {dtype_id(pair)}"] = Call(special_rows(widths, pair), BY_NAME[name], widths, FEW_ROWS)
+            calls[f"special {name} {dtype_id(pair)}"] = Call(
+                special_rows(widths, pair), BY_NAME[name], widths, FEW_ROWS
+            )
     # Ranks without classes, slices of one class, no rows.
     for shape in ((1, *(0,) * (world - 2), 1), (0,) * (world - 1) + (1,), (2, 1) + (0,) * (world - 2)):
         for name in ("lskd", "dkd-swap-rows", "scalar-T-ce"):
@@ -124,7 +126,7 @@ def run(call: Call, rank: int) -> Result:
     return Result(*(t.detach() for t in out), student.grad, gradient_of(temperature))
 
 
-# ---- What the ranks do ------------------------------------------------------------------------------------------------
+# ---- What the ranks do ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -239,7 +241,9 @@ EXCHANGES = {"KD": {}, "LSKD": {"standardize": True, "ce_weight": 1.0}, "swap": 
 def do_exchange(rank, world):
     """Bytes that this rank gives to collectives, right teacher or not, and the entries above the label of each rank."""
     sent = []
-    names = [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "isend"))]
+    names = [
+        n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "send", "isend"))
+    ]
     originals = {n: getattr(dist, n) for n in names if callable(getattr(dist, n))}
 
     def counted(name):
@@ -254,7 +258,9 @@ def do_exchange(rank, world):
     widths = (LONG[1] // world,) * world
     for right in (True, False):
         student, teacher, target = long_rows(right)
-        above = [(own_slice(widths, r, teacher) > teacher.gather(1, target[:, None])).sum().item() for r in range(world)]
+        above = [
+            (own_slice(widths, r, teacher) > teacher.gather(1, target[:, None])).sum().item() for r in range(world)
+        ]
         for name, options in EXCHANGES.items():
             logits = own_slice(widths, rank, student).clone().requires_grad_()
             for n in originals:
@@ -347,7 +353,10 @@ def do_dtensor(rank, world):
     student, teacher = (distribute_tensor(x, both, [Replicate(), Shard(1)]) for x in rows[:2])
     found["copies"] = fused_sort_kd(student, teacher, rows.target, ce_weight=0.5)
 
-    whole, split = distribute_tensor(rows.student, mesh, [Replicate()]), distribute_tensor(rows.student, mesh, [Shard(1)])
+    whole, split = (
+        distribute_tensor(rows.student, mesh, [Replicate()]),
+        distribute_tensor(rows.student, mesh, [Shard(1)]),
+    )
     by_rows = distribute_tensor(rows.student, mesh, [Shard(0)])
     partial = DTensor.from_local(rows.student, mesh, [Partial()])
     wrong = {
@@ -445,7 +454,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-# ---- What came of it --------------------------------------------------------------------------------------------------
+# ---- What came of it -----------------------------------------------------------------------------------------------
 
 WORKER = f"""
 import sys
@@ -539,7 +548,7 @@ def test_weights_and_denominators(reports, world):
         close = {"rtol": 2e-3, "atol": 2e-5} if dtype == F16 else {"rtol": 1e-5, "atol": 2e-6}
         for part in ("loss", "kd", "ce", "rank", "grad", "grad_temperature"):
             torch.testing.assert_close(
-                getattr(got, part).double(), getattr(want, part).double(), msg=lambda m, p=part: f"{key} {p}: {m}",
+                getattr(got, part).double(), getattr(want, part).double(), msg=lambda m, words=f"{key} {part}": f"{words}: {m}",
                 **(close if part == "grad" else {"rtol": 1e-5, "atol": 1e-5}),
             )  # fmt: skip
 

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import autograd, checks, ops, reference
+from .row_math import Coefficients, RowSums, gradient_coefficients, row_terms
 
 # Bytes of the temporaries of a block of rows, at the least those of one row. On the CPU they stay in the caches; on a
 # GPU each op has enough to do.
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 8 << 20, 256 << 20
 # Numbers held for each class of a rank: both sides, their exponentials, a product, its conversion to float64, a mask.
 _NUMBERS_A_CLASS = 8
-# Held for each value above the labels of some rows: itself, sent, received and in two orders, its row, its place in them.
+# Held for each value above the labels of some rows: itself, sent, received and in two orders; its row, its place there.
 _BYTES_AN_ENTRY = 100
 
 
@@ -38,14 +38,18 @@ def loss(
     config: ops.LossConfig, inplace: bool,
 ) -> autograd.Parts:  # fmt: skip
     """``(loss, kd, ce, rank)`` of this rank's classes ``[..., C_r]``, differentiable: a backend's place in ``ops``."""
+    return autograd.loss(kernels(group), student, teacher, None, target, temperature, row_scale, config, inplace)
+
+
+def kernels(group: Any) -> autograd.Kernels:
+    """The backend that a process group is."""
     run: Any = functools.partial(forward, group)
 
     # Reached under a mode that wants to see the ops, such as a counter of collectives.
     def op(*arguments: Any) -> tuple[Tensor, ...]:
         return run(*arguments[:5], ops.LossConfig(*arguments[5:-3]), *arguments[-3:])
 
-    kernels = autograd.Kernels(op, run, _scale)
-    return autograd.loss(kernels, student, teacher, None, target, temperature, row_scale, config, inplace)
+    return autograd.Kernels(op, run, _scale)
 
 
 def forward(
@@ -90,10 +94,14 @@ def forward(
     kd, ce, dtemperature = (torch.zeros_like(row.temperature) for _ in range(3))
     for blocks, lists in _rotated(call, row):
         rows = slice(blocks[0].start, blocks[-1].stop)
-        terms = _terms(_sums(call, row, blocks, lists, moments), row.temperature[rows], call, moments)
+        sums = _sums(call, row, blocks, lists, moments)
+        terms = row_terms(sums, row.temperature[rows], config, call.classes, moments)
         kd[rows], ce[rows], dtemperature[rows] = terms.kd, terms.ce, terms.grad_temperature
         if grad_student:
-            coefficients = _coefficients(terms, row, rows, scale[rows], call)
+            coefficients = gradient_coefficients(
+                terms, config, scale[rows], row.temperature[rows], row.inverse_student[rows], call.classes,
+                row.label_student[rows], row.mean[rows], row.std[rows],
+            )  # fmt: skip
             _write_gradient(call, row, blocks, lists, coefficients, grad.view(call.student.shape))
 
     ignored = ~call.counts
@@ -135,10 +143,13 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
     """
     if not is_sharded(student):
         if dist.is_initialized() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
-            raise ValueError(f"{fn}: expected this rank to be in process_group, got rank {dist.get_rank()} outside of it")
+            raise ValueError(
+                f"{fn}: expected this rank to be in process_group, got rank {dist.get_rank()} outside of it"
+            )
         if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
-                f"{fn}: expected process_group to be a torch.distributed.ProcessGroup, got {type(process_group).__name__}"
+                f"{fn}: expected process_group to be a torch.distributed.ProcessGroup, "
+                f"got {type(process_group).__name__}"
             )
         return Shards(process_group, student, teacher, target)
     if process_group is not None:
@@ -151,13 +162,16 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
     if len(split) != 1 or over_classes != split:
         raise ValueError(
             f"{fn}: expected student to be sharded over its classes, Shard({last}), by one dimension of its mesh and "
-            f"replicated by the others, got {student.placements}; redistribute it, or pass local tensors and process_group"
+            f"replicated by the others, got {student.placements}; redistribute it, or pass local tensors and "
+            "process_group"
         )
     if class_dim not in (-1, last):
         raise ValueError(f"{fn}: expected class_dim=-1 with a DTensor, got {class_dim}")
     alike = isinstance(teacher, DTensor) and teacher.device_mesh == mesh
     if not alike or teacher.placements != student.placements or teacher.shape != student.shape:
-        came = f"{tuple(teacher.shape)} {teacher.placements}" if isinstance(teacher, DTensor) else type(teacher).__name__
+        came = (
+            f"{tuple(teacher.shape)} {teacher.placements}" if isinstance(teacher, DTensor) else type(teacher).__name__
+        )
         raise ValueError(
             f"{fn}: expected teacher to be a DTensor of shape {tuple(student.shape)} sharded like student, "
             f"{student.placements}, got {came}"
@@ -172,11 +186,11 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
     return Shards(mesh.get_group(split[0]), student.to_local(), teacher.to_local(), target)
 
 
-# ---- What the ranks must agree on -------------------------------------------------------------------------------------
+# ---- What the ranks must agree on ----------------------------------------------------------------------------------
 
 _TARGET = "target, label by label,"
-_FACTS: tuple[str, ...] = ("refusal", "number of classes", "number of rows", "student dtype", "teacher dtype", _TARGET, "least label")
-_FACTS += ("greatest label", "gradient asked of the temperature", *ops.LossConfig._fields)
+_FACTS = ["refusal", "number of classes", "number of rows", "student dtype", "teacher dtype", _TARGET]
+_FACTS += ["least label", "greatest label", "gradient asked of the temperature", *ops.LossConfig._fields]
 _NAMES: dict[str, tuple[Any, ...]] = {"correction": checks.CORRECTIONS, "reduction": checks.REDUCTIONS}
 _NAMES |= {"student dtype": checks.FLOAT_DTYPES, "teacher dtype": checks.FLOAT_DTYPES}
 
@@ -252,7 +266,7 @@ def _reduce(group: Any, x: Tensor, how: str = "SUM") -> Tensor:
     return x
 
 
-# ---- What is known of the rows before their sums ----------------------------------------------------------------------
+# ---- What is known of the rows before their sums -------------------------------------------------------------------
 
 
 class _Call:
@@ -343,7 +357,7 @@ def _rows_of(call: _Call, temperature: Tensor) -> _Rows:
     labels = _reduce(call.group, torch.stack([call.of_label(call.student), call.of_label(call.teacher)]))
     label_student, uncorrected = labels
 
-    # Of the classes beside the label: the largest of each side, the first of the teacher's, the largest beside that one.
+    # Of the classes beside the label: the largest of each side, the teacher's first, and the largest beside that one.
     maxima = labels.new_full((3, call.rows), -torch.inf)
     top, above = torch.zeros_like(call.target), torch.zeros_like(call.target, dtype=torch.int32)
     # Of each side the mean, relative to the label's logit, and the squares around it: exactly 0 for constant rows.
@@ -398,7 +412,7 @@ def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0)
 
 
-# ---- The correction across slices -------------------------------------------------------------------------------------
+# ---- The correction across slices ----------------------------------------------------------------------------------
 
 # The classes of this rank above the labels of a block: rows within the block, columns, corrected values.
 _Above = tuple[Tensor, Tensor, Tensor] | None
@@ -424,9 +438,7 @@ def _rotated(call: _Call, row: _Rows) -> Iterator[tuple[list[slice], list[_Above
             yield group, _rotate(call, row, group, counts) if total else [None] * len(group)
 
 
-def _grouped(
-    spans: list[slice], counts: list[list[int]], limit: int
-) -> Iterator[tuple[list[slice], list[list[int]]]]:
+def _grouped(spans: list[slice], counts: list[list[int]], limit: int) -> Iterator[tuple[list[slice], list[list[int]]]]:
     """Neighbouring spans of rows whose numbers of entries stay within the limit together, at least one at a time."""
     begin = held = 0
     for end, count in enumerate(map(sum, counts)):
@@ -454,8 +466,9 @@ def _rotate_in_pieces(call: _Call, row: _Rows, block: slice, limit: int) -> _Abo
 
 
 def _rotate(call: _Call, row: _Rows, blocks: list[slice], counts: list[list[int]]) -> list[_Above]:
-    """Each class above the label takes the next lower value among them and the label's own, the last of them that one. The
-    host waits for the number of classes above the labels of each block.
+    """Each class above the label takes the next lower value among them and the label's own, the last of them that one.
+
+    The host waits for the number of such classes of each block.
 
     In the gathered list, rank after rank, the classes of a row are in their global order, so that two stable sorts
     resolve ties by the lower class; the classes themselves need not be sent.
@@ -504,7 +517,7 @@ def _rotate(call: _Call, row: _Rows, blocks: list[slice], counts: list[list[int]
     return lists
 
 
-# ---- Sums, losses, gradient -------------------------------------------------------------------------------------------
+# ---- Sums, losses, gradient ----------------------------------------------------------------------------------------
 
 
 def _exponents(call: _Call, row: _Rows, block: slice, above: _Above) -> tuple[Tensor, Tensor]:
@@ -519,22 +532,7 @@ def _exponents(call: _Call, row: _Rows, block: slice, above: _Above) -> tuple[Te
     return s, v.mul_(call.column(row.inverse_teacher, block))
 
 
-class _Sums(NamedTuple):
-    """``RowSums`` of `csrc/row_math.h`, of the whole row: float64, ``[n]``."""
-
-    z_student: Tensor
-    z_teacher: Tensor
-    cross: Tensor
-    z_ce: Tensor
-    moment_student: Tensor
-    moment_teacher: Tensor
-    moment_cross: Tensor
-    v_label_student: Tensor
-    v_label_teacher: Tensor
-    v_label_ce: Tensor
-
-
-def _sums(call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], moments: bool) -> _Sums:
+def _sums(call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], moments: bool) -> RowSums:
     start, stop = blocks[0].start, blocks[-1].stop
     span = slice(start, stop)
     sums = row.temperature.new_zeros(7 if moments else 4, stop - start)
@@ -563,7 +561,7 @@ def _sums(call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], mom
     broken = (v_student == torch.inf) | (v_teacher == torch.inf)
     of_labels = (x.masked_fill(broken, torch.nan) for x in (v_student, v_teacher, of_label))
     more = sums[4:] if moments else torch.zeros_like(sums[:3])
-    return _Sums(*sums[:4], *more, *of_labels)
+    return RowSums(*sums[:4], *more, *of_labels)
 
 
 def _product_sum(p: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -571,106 +569,8 @@ def _product_sum(p: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (p * x).masked_fill_(p == 0, 0).sum(1, dtype=dtype)
 
 
-class _Terms(NamedTuple):
-    """``RowTerms`` of `csrc/row_math.h`."""
-
-    kd: Tensor
-    ce: Tensor
-    on_student: Tensor
-    on_teacher: Tensor
-    at_label: Tensor
-    on_ce: Tensor
-    ce_at_label: Tensor
-    u_dot_grad: Tensor
-    grad_temperature: Tensor
-
-
-def _terms(sums: _Sums, temperature: Tensor, call: _Call, moments: bool) -> _Terms:
-    """``row_terms`` of `csrc/row_math.h`."""
-    config, zero = call.config, torch.zeros_like(temperature)
-    decoupled = config.beta is not None
-    log_z_s, log_z_t = sums.z_student.log(), sums.z_teacher.log()
-    odds_s, odds_t = sums.v_label_student - log_z_s, sums.v_label_teacher - log_z_t
-    q, q_others, p, p_others = odds_s.sigmoid(), (-odds_s).sigmoid(), odds_t.sigmoid(), (-odds_t).sigmoid()
-    teacher_alone, student_alone = sums.z_teacher == 0, sums.z_student == 0
-    alone = teacher_alone | student_alone
-
-    tckd = _expected(p, F.logsigmoid(odds_t) - F.logsigmoid(odds_s))
-    tckd = tckd + _expected(p_others, F.logsigmoid(-odds_t) - F.logsigmoid(-odds_s))
-    nckd = torch.where(student_alone, torch.inf, sums.cross / sums.z_teacher - log_z_t + log_z_s)
-    nckd = nckd.masked_fill(teacher_alone, 0)
-    a = zero + (config.alpha if decoupled else 1)
-    b = (zero + config.beta_of(call.classes) if decoupled else p_others).masked_fill(teacher_alone, 0)
-    f = _weighted(a, tckd) + _weighted(b, nckd)
-
-    pull = a * (q - p)
-    on_student = _mean_of(b - pull if decoupled else q_others, sums.z_student)
-    ce = on_ce = ce_at_label = zero
-    if config.with_ce:
-        odds_ce = sums.v_label_ce - sums.z_ce.log()
-        ce, ce_at_label = -F.logsigmoid(odds_ce), -(-odds_ce).sigmoid()
-        on_ce = _mean_of(-ce_at_label, sums.z_ce)
-    u_dot_grad = grad_temperature = zero
-    if moments:
-        mean_s = _mean_of(sums.moment_student, sums.z_student)
-        mean_t, cross, of_cross = (
-            (x / sums.z_teacher).masked_fill(alone, 0) for x in (sums.moment_teacher, sums.cross, sums.moment_cross)
-        )
-        covariance = of_cross - mean_t * cross
-        u_dot_grad = b * (mean_s - mean_t + cross) + pull * (sums.v_label_student - mean_s)
-        dodds_t = p * p_others * (sums.v_label_teacher - mean_t)
-        along = b * covariance + _expected(dodds_t, a * (odds_t - odds_s))
-        if not decoupled:  # beta = 1 - p_y depends on the teacher too
-            along = along - _expected(dodds_t, nckd)
-        grad_temperature = 2 * temperature * f - temperature * (u_dot_grad + along)
-    return _Terms(
-        temperature.square() * f, ce, on_student, _mean_of(b, sums.z_teacher), pull, on_ce, ce_at_label, u_dot_grad,
-        grad_temperature,
-    )  # fmt: skip
-
-
-def _expected(p: Tensor, x: Tensor) -> Tensor:
-    return (p * x).masked_fill(p == 0, 0)
-
-
-def _weighted(weight: Tensor, term: Tensor) -> Tensor:
-    return (weight * term).masked_fill((weight == 0) & term.isinf(), 0)
-
-
-def _mean_of(total: Tensor, z: Tensor) -> Tensor:
-    return (total / z).masked_fill(z == 0, 0)
-
-
-class _Coefficients(NamedTuple):
-    """``Coefficients`` of `csrc/row_math.h`."""
-
-    on_student: Tensor
-    on_teacher: Tensor
-    on_ce: Tensor
-    at_label: Tensor
-    dstd: Tensor
-
-
-def _coefficients(terms: _Terms, row: _Rows, rows: slice, scale: Tensor, call: _Call) -> _Coefficients:
-    """``gradient_coefficients`` of `csrc/row_math.h`; ``scale``: what multiplies a row's loss."""
-    config, inverse = call.config, row.inverse_student[rows]
-    on_kd = scale * config.kd_weight * row.temperature[rows].square() * inverse
-    at_label = on_kd * terms.at_label
-    on_ce = torch.zeros_like(on_kd)
-    if config.ce_weight:
-        on_ce = scale * config.ce_weight * terms.on_ce
-        at_label = at_label + scale * config.ce_weight * terms.ce_at_label
-    dstd = torch.zeros_like(on_kd)
-    if config.standardize:
-        mean, std = row.mean[rows], row.std[rows]
-        through = on_kd * terms.u_dot_grad / (inverse * (call.classes - 1) * std * (std + reference.STANDARDIZE_EPS))
-        dstd = through.masked_fill(std == 0, 0)
-        at_label = at_label - dstd * (row.label_student[rows] - mean)
-    return _Coefficients(on_kd * terms.on_student, on_kd * terms.on_teacher, on_ce, at_label, dstd)
-
-
 def _write_gradient(
-    call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], c: _Coefficients, grad: Tensor
+    call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], c: Coefficients, grad: Tensor
 ) -> None:
     """Each logit of a block is read before the block's gradient is written, which may be to the same memory."""
     start = blocks[0].start
@@ -688,7 +588,7 @@ def _write_gradient(
 
 
 def _scale(grad: Tensor, grad_output: Tensor) -> Tensor:
-    """``Kernels.scale``: a block of rows at a time, since a product of half rows with float factors is made in float."""
+    """``Kernels.scale``: some rows at a time, since a product of half rows with float factors is made in float."""
     if grad.numel():
         rows = grad.view(-1, grad.shape[-1])
         count = max(1, len(rows) // 64)

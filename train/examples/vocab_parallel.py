@@ -21,7 +21,7 @@ CLASSES, FEATURES, EPOCHS, BATCH = 201, 32, 8, 64
 
 
 class ToSlices(torch.autograd.Function):
-    """Before a layer that ranks hold slices of. Each slice makes a part of the input's gradient; the whole is the sum."""
+    """Before a layer that ranks hold slices of: each makes a part of the input's gradient, and the whole is the sum."""
 
     @staticmethod
     def forward(ctx: object, hidden: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ def main() -> None:
             student_logits = nn.functional.linear(ToSlices.apply(trunk(x[rows])), weight, bias)
             teacher_logits = x[rows] @ teacher.T
             options = {"temperature": 2.0, "ce_weight": 0.1, "kd_weight": 0.9}
-            loss = fused_sort_kd(
-                student_logits, teacher_logits, y[rows], process_group=dist.group.WORLD, **options
-            )
+            loss = fused_sort_kd(student_logits, teacher_logits, y[rows], process_group=dist.group.WORLD, **options)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(rows)
             if not losses:
-                expected = fused_sort_kd(whole(student_logits, widths), whole(teacher_logits, widths), y[rows], **options)
+                expected = fused_sort_kd(
+                    whole(student_logits, widths), whole(teacher_logits, widths), y[rows], **options
+                )
                 torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=0)
         losses.append(total.item() / len(x))
     if not losses[-1] < losses[0]:  # so written, NaN fails too
