@@ -24,7 +24,10 @@ CLAIMS = {
     "mdistiller_distillers": ("torch", ""),
     "timm_distillation": ("timm", ""),
     "topk_teacher": ("torch", r", [\d.]+% of the bytes, [1-9][\d.]*% of labels outside"),
+    "vocab_parallel": ("torch", r", 2 ranks of \[101, 100\] classes"),
 }
+# What starts an example that is more than one process.
+LAUNCHERS = {"vocab_parallel": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")}
 
 
 def need(library, extra="examples"):
@@ -60,7 +63,7 @@ def test_example(name, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"],
+        [sys.executable, *LAUNCHERS.get(name, ()), EXAMPLES / f"{name}.py"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

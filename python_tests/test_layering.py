@@ -20,10 +20,12 @@ PACKAGE, CSRC = ROOT / "sortkd_kernels", ROOT / "csrc"
 ARROWS = {
     "__init__": {"backends", "fused_linear", "fused_sort_kd", "losses"},
     "__main__": {"__version__", "backends", "fused_sort_kd"},
-    "fused_sort_kd": {"backends", "checks", "ops"},
+    "fused_sort_kd": {"backends", "checks", "ops", "vocab_parallel"},
     "fused_linear": {"autograd", "backends", "checks", "fused_sort_kd", "ops"},
     "losses": {"fused_linear", "fused_sort_kd"},
     "ops": {"autograd", "backends", "checks", "reference"},
+    "vocab_parallel": {"autograd", "checks", "ops", "reference", "row_math"},
+    "row_math": {"reference"},
     "autograd": set(),
     "checks": set(),
     "reference": set(),
@@ -140,9 +142,10 @@ def check_includes(path, folder):
 
 # Calls that wait for a device, copy from it, or read a value into Python.
 SYNCHRONISING = {"item", "tolist", "equal", "allclose", "cpu", "numpy", "nonzero", "synchronize", "argwhere", "unique"}
-# The first returns at once for any device but the CPU, whose values may be looked at. The second says so in its
-# docstring: the rows of a matrix product are a number of the host.
+# The first returns at once for any device but the CPU, whose values may be looked at. The others say so in their
+# docstrings: the rows of a matrix product, and how much ranks send each other, are numbers of the host.
 MAY_WAIT = {("ops", "check_labels"), ("fused_linear", "_rows_to_keep")}
+MAY_WAIT |= {("vocab_parallel", "_on_host"), ("vocab_parallel", "_rotate")}
 # The one compiles for GPUs that are not there, the other reports on this machine: they run on no user's tensor.
 TOOLS = {"backends.triton.offline", "__main__"}
 

@@ -33,8 +33,10 @@ def check_logits(fn: str, argument: str, logits: Tensor) -> None:
     raise ValueError(f"{fn}: expected {argument} of shape [..., C], got a 0-d tensor")
 
 
-def check_target(fn: str, argument: str, logits: Tensor, target: Tensor, class_dim: int = -1) -> None:
-    """Labels, int64, one for each row of ``logits``, on the same device."""
+def check_target(
+    fn: str, argument: str, logits: Tensor, target: Tensor, class_dim: int = -1, a_slice: bool = False
+) -> None:
+    """Labels, int64, one for each row of ``logits``, on the same device; a slice of the classes may be empty."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{fn}: expected target to be a torch.Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
@@ -45,7 +47,7 @@ def check_target(fn: str, argument: str, logits: Tensor, target: Tensor, class_d
         )
     shape = logits.shape
     rows = shape[:-1] if class_dim == -1 else shape[: class_dim % len(shape)] + shape[class_dim % len(shape) + 1 :]
-    if shape[class_dim] == 0:
+    if shape[class_dim] == 0 and not a_slice:
         raise ValueError(f"{fn}: expected {argument} with at least one class, got shape {tuple(shape)}")
     if target.shape != rows:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, ops, vocab_parallel
 
 _REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {
     "batchmean": checks.REDUCTIONS.index("mean")
@@ -53,6 +53,7 @@ def fused_sort_kd(
     inplace: bool = False,
     backend: str | None = None,
     return_parts: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | SortKDOutput:
     r"""Knowledge distillation from a teacher corrected by the label, in one pass over the logits.
 
@@ -82,19 +83,25 @@ def fused_sort_kd(
             a gradient all the same.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the device's default.
         return_parts: return :class:`SortKDOutput` instead of the loss.
+        process_group: the classes are spread over the ranks of this group: ``student`` and ``teacher`` are this rank's
+            ``[..., C_r]``, consecutive slices in the order of the ranks and of any widths, the labels are among all
+            classes, and everything but the logits is the same on all ranks. So are the results; the gradient is the
+            slice's. Logits that are DTensors sharded over their classes need no ``process_group``. Every rank makes
+            the call, and the backward pass; it is plain PyTorch, on any device (``backend=None``), and a graph break
+            under ``torch.compile``.
 
     Returns:
         The loss, float32 (float64 where an input is float64), a scalar or of ``target``'s shape for ``"none"``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; the message names it.
-        IndexError: on the CPU, a label outside ``[0, C)`` that is not ``ignore_index``.
+        IndexError: on the CPU, or with ``process_group``, a label outside ``[0, C)`` that is not ``ignore_index``.
         RuntimeError: the ``backend`` asked for is not available; the message has the reason.
     """
     options = _options("fused_sort_kd", temperature, correction, kd_weight, 1.0, None, ce_weight, standardize, False,
                        reduction, ignore_index, return_parts)  # fmt: skip
     return _loss("fused_sort_kd", student, teacher, None, target, temperature, options, class_dim, denominator,
-                 row_weight, inplace, backend)  # fmt: skip
+                 row_weight, inplace, backend, process_group)  # fmt: skip
 
 
 def fused_sort_dkd(
@@ -117,6 +124,7 @@ def fused_sort_dkd(
     inplace: bool = False,
     backend: str | None = None,
     return_parts: bool = False,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | SortKDOutput:
     r"""Decoupled knowledge distillation (DKD, arXiv 2203.08679, equation 7) from the corrected teacher, in one pass.
 
@@ -141,7 +149,7 @@ def fused_sort_dkd(
     options = _options("fused_sort_dkd", temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, False,
                        reduction, ignore_index, return_parts)  # fmt: skip
     return _loss("fused_sort_dkd", student, teacher, None, target, temperature, options, class_dim, denominator,
-                 row_weight, inplace, backend)  # fmt: skip
+                 row_weight, inplace, backend, process_group)  # fmt: skip
 
 
 def fused_sort_kd_topk(
@@ -235,14 +243,62 @@ def _loss(
     fn: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
     temperature: float | Tensor, config: ops.LossConfig, class_dim: int, denominator: float | Tensor | None,
     row_weight: Tensor | None, inplace: bool, backend: str | None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | SortKDOutput:  # fmt: skip
     """Every public loss: check the tensors, view them with their classes last, call the backend."""
+    if process_group is not None or vocab_parallel.is_sharded(student):
+        if teacher_indices is not None:
+            raise ValueError(f"{fn}: expected logits of all classes beside a teacher's top k, got a DTensor")
+        over_ranks = torch.compiler.disable(_loss_over_ranks) if torch.compiler.is_compiling() else _loss_over_ranks
+        return over_ranks(fn, student, teacher, target, temperature, config, class_dim, denominator, row_weight,
+                          inplace, backend, process_group)  # fmt: skip
+    learned, row_scale, config, inplace = _checked(
+        fn, student, teacher, teacher_indices, target, temperature, config, class_dim, denominator, row_weight, inplace
+    )
+    if class_dim != -1:
+        student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
+    name = backends.choose(fn, backend, student.device)
+    eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
+    arguments = student, teacher, teacher_indices, target, learned, row_scale, config, inplace
+    parts = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
+    return SortKDOutput(*parts) if config.parts else parts[0]
+
+
+def _loss_over_ranks(
+    fn: str, student: Tensor, teacher: Tensor, target: Tensor, temperature: float | Tensor, config: ops.LossConfig,
+    class_dim: int, denominator: float | Tensor | None, row_weight: Tensor | None, inplace: bool, backend: str | None,
+    process_group: torch.distributed.ProcessGroup | None,
+) -> Tensor | SortKDOutput:  # fmt: skip
+    """The same for logits whose classes are spread over the ranks of a group."""
+    inplace = inplace and process_group is not None  # the memory of a DTensor is its own
+    group, student, teacher, target = vocab_parallel.shards(fn, student, teacher, target, process_group, class_dim)
+    try:
+        if backend is not None:
+            raise ValueError(f"{fn}: expected backend=None for classes over several ranks, got {backend!r}")
+        learned, row_scale, config, inplace = _checked(
+            fn, student, teacher, None, target, temperature, config, class_dim, denominator, row_weight, inplace, True
+        )
+        if class_dim not in (-1, student.dim() - 1):
+            raise ValueError(f"{fn}: expected class_dim=-1 for classes over several ranks, got {class_dim}")
+    except (TypeError, ValueError):
+        vocab_parallel.refuse(group, student)
+        raise
+    parts = vocab_parallel.loss(group, student, teacher, target, learned, row_scale, config, inplace)
+    return SortKDOutput(*parts) if config.parts else parts[0]
+
+
+def _checked(
+    fn: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature: float | Tensor, config: ops.LossConfig, class_dim: int, denominator: float | Tensor | None,
+    row_weight: Tensor | None, inplace: bool, slices: bool = False,
+) -> tuple[Tensor | None, Tensor | None, ops.LossConfig, bool]:  # fmt: skip
+    """A learned temperature, the rows' scale, the options that are left and whether to write in place."""
     checks.check_logits(fn, "student", student)
     if teacher_indices is None:
         checks.check_teacher(fn, student, teacher)
     else:
         checks.check_top_k(fn, student, teacher, teacher_indices)
-    checks.check_target(fn, "student", student, target, class_dim)
+    checks.check_target(fn, "student", student, target, class_dim, slices)
     learned = temperature if isinstance(temperature, Tensor) else None
     if learned is not None:
         checks.check_temperature_tensor(fn, learned, student, target)
@@ -251,13 +307,7 @@ def _loss(
         row_scale, config = _row_scale(fn, student, teacher, target, config, denominator, row_weight)
     inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     inplace = inplace and checks.allows_inplace(fn, student, teacher)
-    if class_dim != -1:
-        student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
-    name = backends.choose(fn, backend, student.device)
-    eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
-    arguments = student, teacher, teacher_indices, target, learned, row_scale, config, inplace
-    parts = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
-    return SortKDOutput(*parts) if config.parts else parts[0]
+    return learned, row_scale, config, inplace
 
 
 def _row_scale(
