@@ -1,6 +1,6 @@
 """The loss from hidden states, timed: `fused_linear_sort_kd` beside whole logits; a table in `benchmarks/results/`.
 
-What it should take is that of its parts: the matrix products, two for the logits and two back, and the fused loss on whole
+It should take what its parts take: the matrix products, two for the logits and two back, and the fused loss on whole
 logits. `--quick` takes a small shape and a few seconds.
 """
 
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass
 class Inputs:
-    """Both sides' hidden states and weights, logits of a standard deviation of 2, a teacher right on 80 % of the rows."""
+    """Hidden states and weights of both sides, logits of a deviation of 2, a teacher right on 80 % of the rows."""
 
     hidden: Tensor
     weight: Tensor
@@ -160,7 +160,7 @@ def main() -> None:
     text += [f"- {k}: {v}" for k, v in harness.machine(device, sk.build_info()).items()]
     text += [
         "",
-        "Forward and backward together, median of the calls; its parts are the products alone and the fused loss alone. "
+        "Forward and backward together, median of the calls; parts: the products alone and the fused loss alone. "
         "Memory: the most alive at once beyond inputs and gradients, also in float32 logit matrices. Errors of the "
         "gradients against float64, relative, in the Frobenius norm.",
         "",

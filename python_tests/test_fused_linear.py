@@ -252,7 +252,9 @@ def test_a_kept_graph(backend, reduction, chunk_rows):
     first, second = (
         torch.autograd.grad(loss, inputs.learning[:2], torch.full_like(loss, x), retain_graph=True) for x in (1.0, 3.0)
     )
-    torch.testing.assert_close(tuple(3 * g for g in first), second, rtol=1e-14, atol=1e-15)  # a rounding of numbers about 1
+    torch.testing.assert_close(
+        tuple(3 * g for g in first), second, rtol=1e-14, atol=1e-15
+    )  # a rounding of numbers about 1
     if backend != "reference":
         with pytest.raises((RuntimeError, NotImplementedError), match="second derivatives of the fused losses"):
             torch.autograd.grad(loss.sum(), inputs.hidden, create_graph=True)[0].sum().backward()
@@ -328,7 +330,13 @@ def test_float16_with_a_gradient_scaler():
     inputs = Inputs(dtype=F16)
     exact = inputs.truth(reduction="sum", denominator=1e7)[1][1]
     loss = fused_linear_sort_kd(
-        inputs.hidden, inputs.weight, inputs.target, bias=inputs.bias, reduction="sum", denominator=1e7, **inputs.teacher
+        inputs.hidden,
+        inputs.weight,
+        inputs.target,
+        bias=inputs.bias,
+        reduction="sum",
+        denominator=1e7,
+        **inputs.teacher,
     )
     (grad,) = torch.autograd.grad(loss * 2.0**20, inputs.weight)
     # A product of 12 rounded numbers, rounded once more.
@@ -428,8 +436,8 @@ def test_bad_input(changes, error, words):
         fused_linear_sort_kd(**given)
 
 
-# In two processes: DDP and FSDP2 against one process with all rows. A head of its own, which FSDP2 has sharded and which
-# no module's forward pass has gathered.
+# In two processes: DDP and FSDP2 against one process with all rows, with a head of its own, which FSDP2 has sharded and
+# which no module's forward pass has gathered; then the classes over the ranks against one process with all classes.
 WORKER = """
 import sys, torch
 import torch.distributed as dist
@@ -476,6 +484,40 @@ torch.testing.assert_close(sharded.grad.full_tensor(), want.grad)
 model = fully_shard(Model(), mesh=mesh)
 model(hidden[own], own).backward()
 torch.testing.assert_close(model.head.weight.grad.full_tensor(), want.grad)
+
+target[3] = -100
+teacher_hidden, teacher_weight = torch.randn(8, 5), torch.randn(9, 5)
+own = slice(0, 5) if rank == 0 else slice(5, 9)
+group = dist.group.WORLD
+for options in ({}, {"reduction": "none", "ce_weight": 0.3}, {"softcap": 3.0, "beta": 2.0, "chunk_rows": 3}):
+    options = {"chunk_rows": 3} | options
+    results = []
+    for classes, more in ((slice(0, 9), {}), (own, {"process_group": group})):
+        h, w = hidden.clone().requires_grad_(), weight[classes].clone().requires_grad_()
+        value = fused_linear_sort_kd(
+            h, w, target, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight[classes], **options, **more
+        )
+        grads = torch.autograd.grad((value * torch.arange(1.0, 1 + value.numel()).view(value.shape)).sum(), (h, w))
+        results.append((value, grads[0], grads[1]))
+    (value, of_hidden, of_weight), sliced = results
+    torch.testing.assert_close(sliced, (value, of_hidden, of_weight[own]))
+
+even = distribute_tensor(weight[:8], mesh, [Shard(0)])
+head = torch.nn.Parameter(even)
+loss = lambda w, t, **more: fused_linear_sort_kd(hidden, w, target.clamp(max=7), teacher_logits=t, **more)
+loss(head, teacher[:, 4 * rank : 4 * rank + 4], process_group=group).backward()
+want = weight[:8].clone().requires_grad_()
+loss(want, teacher[:, :8]).backward()
+torch.testing.assert_close(head.grad.full_tensor(), want.grad)
+
+for wrong in ((0, 1), (1,)):  # on both ranks, on one alone: nobody is left waiting
+    try:
+        loss(weight[own], teacher[:, own][:, : 3 if rank in wrong else 9], process_group=group)
+    except ValueError as error:
+        mine = f"expected the same {5 - rank} classes of the teacher as of weight, this rank's slice, got 3 classes"
+        assert (mine if rank in wrong else "rank 1 of process_group has refused its arguments") in str(error), error
+    else:
+        raise AssertionError("not refused")
 print("equal")
 dist.destroy_process_group()
 """

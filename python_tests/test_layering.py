@@ -21,7 +21,7 @@ ARROWS = {
     "__init__": {"backends", "fused_linear", "fused_sort_kd", "losses"},
     "__main__": {"__version__", "backends", "fused_sort_kd"},
     "fused_sort_kd": {"backends", "checks", "ops", "vocab_parallel"},
-    "fused_linear": {"autograd", "backends", "checks", "fused_sort_kd", "ops"},
+    "fused_linear": {"autograd", "backends", "checks", "fused_sort_kd", "ops", "vocab_parallel"},
     "losses": {"fused_linear", "fused_sort_kd"},
     "ops": {"autograd", "backends", "checks", "reference"},
     "vocab_parallel": {"autograd", "checks", "ops", "reference", "row_math"},

@@ -1,4 +1,4 @@
-"""The loss from hidden states: logits are made a block of rows at a time, and their gradient is multiplied back at once.
+"""The loss from hidden states: logits are made a block of rows at a time, their gradient is multiplied back at once.
 
 At 8192 tokens and 128,256 classes the two logit matrices are 8.4 GB in float32. Here at most one block of each side
 exists, in float32 whatever the inputs are: rounded to bfloat16, a logit of 20 is off by 0.06, a probability by 6 %.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, backends, checks, ops
+from . import autograd, backends, checks, ops, vocab_parallel
 from .fused_sort_kd import SortKDOutput, _options, _row_scale
 
 _FN = "fused_linear_sort_kd"
@@ -55,6 +55,7 @@ def fused_linear_sort_kd(
     inplace: bool = False,
     backend: str | None = None,
     return_parts: bool = False,
+    process_group: Any = None,
 ) -> Tensor | SortKDOutput:
     r"""Sort-KD of the logits ``hidden @ weight.T + bias`` without ever holding them: a block of rows at a time.
 
@@ -66,14 +67,17 @@ def fused_linear_sort_kd(
     The products are of the inputs' dtype, or autocast's; the logits are float32 whatever that is (float64 for doubles).
     Their gradient is rounded to that dtype for the products back, whose sum over the blocks is in the dtype that
     ``weight``'s gradient has: that of ``weight``, or its ``grad_dtype``. In bfloat16 each block rounds the sum once
-    more; a float32 ``weight`` under autocast, or ``weight.grad_dtype = torch.float32``, keeps it exact. All gradients are made in the forward pass, which makes the logits once. With
-    ``reduction="none"``, and for float16, whose small probabilities need the factor of a gradient scaler, they are made
-    in the backward pass, from logits made again.
+    more; a float32 ``weight`` under autocast, or ``weight.grad_dtype = torch.float32``, keeps it exact.
+
+    All gradients are made in the forward pass, which makes the logits once. With ``reduction="none"``, and for float16,
+    whose small probabilities need the factor of a gradient scaler, they are made in the backward pass, from logits made
+    again.
 
     Rows to ignore are dropped before the products. On a GPU the host waits for their number; under ``torch.compile``
     and while a graph is captured they stay in, and the kernel ignores them.
 
-    A ``weight`` that is a DTensor, as FSDP2 shards it, is gathered once a call; its gradient is the mean over the ranks.
+    A ``weight`` that is a DTensor, as FSDP2 shards it, is gathered once a call, and its gradient is the mean over the
+    ranks.
 
     Args:
         hidden: the student's hidden states ``[..., H]``, float32, float64, bfloat16 or float16.
@@ -89,6 +93,10 @@ def fused_linear_sort_kd(
         chunk_rows: the rows of a block, or ``"auto"``: as many as keep the logits of both sides within 24 MiB or 1/36
             of the call's float32 logit matrix, whichever is more, and at least 64.
         inplace: may write ``hidden``'s gradient over ``hidden``; do not read it afterwards.
+        process_group: its ranks hold consecutive slices of the classes, as in :func:`fused_sort_kd`: of ``weight``,
+            ``bias`` and the teacher, whose top k cannot be. Hidden states and labels are the same on all ranks, and
+            ``hidden``'s gradient is the sum of what their classes give. DTensors are this rank's slices, not gathered;
+            a block has 64 rows or 1/36 of all, whichever is more, both sides together.
 
     The other arguments are those of :func:`fused_sort_kd`. The ``"reference"`` backend makes the whole logits.
 
@@ -100,57 +108,59 @@ def fused_linear_sort_kd(
         IndexError: on the CPU, a label or an index outside the classes that both sides have.
         RuntimeError: the ``backend`` asked for is not available; the message has the reason.
     """
-    checks.check_one_teacher(
-        _FN, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_logits=teacher_logits,
-        teacher_values=teacher_values, teacher_indices=teacher_indices,
-    )  # fmt: skip
-    weight, bias, teacher_weight, teacher_bias = map(_gathered, (weight, bias, teacher_weight, teacher_bias))
-    checks.check_linear(_FN, "", hidden, weight, bias)
-    classes = weight.shape[0]
-    if teacher_hidden is not None and teacher_weight is not None:
-        checks.check_linear(_FN, "teacher_", teacher_hidden, teacher_weight, teacher_bias)
-        classes = min(classes, teacher_weight.shape[0])
-    elif teacher_bias is not None:
-        raise ValueError(f"{_FN}: expected teacher_bias only beside teacher_hidden, whose logits it is a part of")
-    if teacher_logits is not None:
-        checks.check_logits(_FN, "teacher_logits", teacher_logits)
-        checks.check_frozen(_FN, "teacher_logits", teacher_logits)
-        classes = min(classes, teacher_logits.shape[-1])
-        teacher_logits = teacher_logits[..., :classes]
-    like = hidden[..., :1].expand(*hidden.shape[:-1], classes)  # has the shape and the device of the logits
-    checks.check_target(_FN, "hidden @ weight.T", like, target)
-    if teacher_values is not None:
-        checks.check_top_k(_FN, like, teacher_values, teacher_indices)
-    for argument, tensor in (("teacher_hidden", teacher_hidden), ("teacher_logits", teacher_logits)):
-        if tensor is not None:
-            checks.check_rows(_FN, argument, tensor, hidden)
-    learned = temperature if isinstance(temperature, Tensor) else None
-    if learned is not None:
-        checks.check_temperature_tensor(_FN, learned, like, target)
-    checks.check_choice(_FN, "tail", tail, checks.TAILS)
-    config = _options(_FN, temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, tail == "uniform",
-                      reduction, ignore_index, return_parts)  # fmt: skip
-    logit_scale = None if logit_scale is None else checks.as_float(_FN, "logit_scale", logit_scale)
-    softcap = None if softcap is None else checks.as_positive(_FN, "softcap", softcap)
-    head = _Head(classes, logit_scale, softcap)
-    asked_rows = checks.as_chunk_rows(_FN, chunk_rows)
-    name = backends.choose(_FN, backend, hidden.device)
-    inplace = inplace and hidden.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    other = hidden.detach()[:0] if teacher_hidden is None else teacher_hidden
-    inplace = inplace and checks.allows_inplace(_FN, hidden, other, "hidden")
-    hidden = _factor("", hidden, weight, bias)
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher_hidden = _factor("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-        teacher_weight = teacher_weight.to(teacher_hidden.dtype)
+    over_ranks = process_group is not None
+    if over_ranks:
+        vocab_parallel.shards(_FN, hidden, None, target, process_group, -1)
+    try:
+        checks.check_one_teacher(
+            _FN, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_logits=teacher_logits,
+            teacher_values=teacher_values, teacher_indices=teacher_indices,
+        )  # fmt: skip
+        weight, bias, teacher_weight, teacher_bias = (
+            _whole(x, over_ranks) for x in (weight, bias, teacher_weight, teacher_bias)
+        )
+        like = _check_tensors(
+            hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_values,
+            teacher_indices, target, over_ranks,
+        )  # fmt: skip
+        learned = temperature if isinstance(temperature, Tensor) else None
+        if learned is not None:
+            checks.check_temperature_tensor(_FN, learned, like, target)
+        checks.check_choice(_FN, "tail", tail, checks.TAILS)
+        config = _options(_FN, temperature, correction, kd_weight, alpha, beta, ce_weight, standardize,
+                          tail == "uniform", reduction, ignore_index, return_parts)  # fmt: skip
+        logit_scale = None if logit_scale is None else checks.as_float(_FN, "logit_scale", logit_scale)
+        softcap = None if softcap is None else checks.as_positive(_FN, "softcap", softcap)
+        head, asked_rows = _Head(like.shape[-1], logit_scale, softcap), checks.as_chunk_rows(_FN, chunk_rows)
+        if over_ranks and backend is not None:
+            raise ValueError(f"{_FN}: expected backend=None for classes over several ranks, got {backend!r}")
+        name = "" if over_ranks else backends.choose(_FN, backend, hidden.device)
+        inplace = inplace and hidden.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        other = hidden.detach()[:0] if teacher_hidden is None else teacher_hidden
+        inplace = inplace and checks.allows_inplace(_FN, hidden, other, "hidden")
+        hidden = _factor("", hidden, weight, bias)
+        if teacher_hidden is not None and teacher_weight is not None:
+            teacher_hidden = _factor("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+            teacher_weight = teacher_weight.to(teacher_hidden.dtype)
+        if teacher_logits is not None:
+            teacher_logits = teacher_logits[..., : head.classes]
+        row_scale = of_rows = None
+        if denominator is not None or row_weight is not None:
+            row_scale, of_rows = _row_scale(_FN, like, like, target, config, denominator, row_weight)
+    except (TypeError, ValueError):
+        if over_ranks:
+            vocab_parallel.refuse(process_group, hidden)
+        raise
 
     labels, values = target.reshape(-1), teacher_logits if teacher_values is None else teacher_values
     kept = None if name == "reference" else _rows_to_keep(labels, config.ignore_index)
     count = labels.shape[0] if kept is None else kept.shape[0]
-    block = asked_rows or _block_rows(count, classes, 1 + (teacher_hidden is not None) + (softcap is not None))
-    row_scale, of_blocks = None, config
-    # The mean of one block is the kernel's own.
-    if denominator is not None or row_weight is not None or (reduction in ("mean", "batchmean") and block < count):
-        row_scale, of_blocks = _row_scale(_FN, like, like, target, config, denominator, row_weight)
+    matrices = 1 + (teacher_hidden is not None) + (softcap is not None)
+    # All ranks make the same blocks, however many classes each has.
+    block = asked_rows or _block_rows(count, 0 if over_ranks else head.classes, matrices)
+    if of_rows is None and checks.REDUCTIONS[config.reduction] == "mean" and block < count:
+        row_scale, of_rows = _row_scale(_FN, like, like, target, config, None, None)
+    of_blocks = of_rows or config  # the mean of one block is the kernel's own
 
     def rows(x: Any, vectors: bool = False) -> Any:
         """Row after row, vectors or values, without those that are dropped; one value for all rows as it is."""
@@ -164,7 +174,12 @@ def fused_linear_sort_kd(
         rows(labels), rows(row_scale),
     )  # fmt: skip
     hidden, learned = rows(hidden, True), rows(learned)
-    if name == "reference" or (block >= count and hidden.dtype == ops.arithmetic(hidden)):
+    if over_ranks:
+        kernels = vocab_parallel.kernels(process_group)
+        call = _Call(kernels, of_blocks, head, block, inplace and kept is None, _grad_dtype(weight), process_group)
+        run = torch.compiler.disable(_loss) if torch.compiler.is_compiling() else _loss
+        terms = run(hidden, weight, bias, learned, others, call)
+    elif name == "reference" or (block >= count and hidden.dtype == ops.arithmetic(hidden)):
         # One block needs no loop of ours: autograd keeps no more than it.
         of_student = head.plain_logits(hidden, weight, bias)
         teacher = others.values
@@ -174,17 +189,48 @@ def fused_linear_sort_kd(
         arguments = of_student, teacher, others.indices, others.target, learned, others.row_scale, of_blocks, True
         terms = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
     else:
-        call = _Call(ops.KERNELS[name], of_blocks, head, block, inplace and kept is None, _grad_dtype(weight))
+        call = _Call(ops.KERNELS[name], of_blocks, head, block, inplace and kept is None, _grad_dtype(weight), None)
         terms = _loss(hidden, weight, bias, learned, others, call)
     loss, kd, ce, rank = terms
-    of_rows = of_blocks.reduction == 0
-    if of_rows:
+    if of_blocks.reduction == 0:
         loss = _at_rows(loss, kept, target)
     if not config.parts:
         return loss
-    if of_rows:
+    if of_blocks.reduction == 0:
         kd, ce = _at_rows(kd, kept, target), _at_rows(ce, kept, target)
     return SortKDOutput(loss, kd, ce, _at_rows(rank, kept, target))
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None, teacher_logits: Tensor | None, teacher_values: Tensor | None,
+    teacher_indices: Tensor | None, target: Tensor, over_ranks: bool,
+) -> Tensor:  # fmt: skip
+    """A tensor without memory of its own that has the logits' shape and device, and the student's dtype."""
+    checks.check_linear(_FN, "", hidden, weight, bias)
+    classes = of_teacher = weight.shape[0]
+    if teacher_hidden is not None and teacher_weight is not None:
+        checks.check_linear(_FN, "teacher_", teacher_hidden, teacher_weight, teacher_bias)
+        of_teacher = teacher_weight.shape[0]
+    elif teacher_bias is not None:
+        raise ValueError(f"{_FN}: expected teacher_bias only beside teacher_hidden, whose logits it is a part of")
+    if teacher_logits is not None:
+        checks.check_logits(_FN, "teacher_logits", teacher_logits)
+        checks.check_frozen(_FN, "teacher_logits", teacher_logits)
+        of_teacher = teacher_logits.shape[-1]
+    if over_ranks and (of_teacher != classes or teacher_values is not None):
+        came = "its top k" if teacher_values is not None else f"{of_teacher} classes"
+        raise ValueError(
+            f"{_FN}: expected the same {classes} classes of the teacher as of weight, this rank's slice, got {came}"
+        )
+    like = hidden[..., :1].expand(*hidden.shape[:-1], min(classes, of_teacher))
+    checks.check_target(_FN, "hidden @ weight.T", like, target)
+    if teacher_values is not None and teacher_indices is not None:
+        checks.check_top_k(_FN, like, teacher_values, teacher_indices)
+    for argument, tensor in (("teacher_hidden", teacher_hidden), ("teacher_logits", teacher_logits)):
+        if tensor is not None:
+            checks.check_rows(_FN, argument, tensor, hidden)
+    return like
 
 
 class _Head(NamedTuple):
@@ -251,6 +297,7 @@ class _Call(NamedTuple):
     block: int
     inplace: bool
     grad_dtype: torch.dtype  # of the weight's gradient
+    group: Any  # whose ranks hold the classes, or None
 
 
 def _loss(
@@ -345,6 +392,8 @@ def _walk(
         del grad  # before the next block's logits are made
     if grad_bias is not None:
         grad_bias = grad_bias.to(bias.dtype)
+    if grad_hidden is not None and call.group is not None:
+        torch.distributed.all_reduce(grad_hidden, group=call.group)
     of_rows = call.config.reduction == 0
     *reduced, ranks = zip(*parts, strict=True)
     loss, kd, ce = (torch.cat(x) if of_rows else torch.stack(x).sum(0) for x in reduced)
@@ -387,10 +436,11 @@ def _grad_dtype(weight: Tensor) -> torch.dtype:
     return getattr(weight, "grad_dtype", None) or weight.dtype
 
 
-def _block_rows(rows: int, classes: int, blocks: int) -> int:
-    """Rows of a block of which there are so many at a time, all of about one size."""
-    budget = max(_BLOCK_BYTES, rows * classes * 4 // _BLOCK_SHARE)
-    most = max(_BLOCK_ROWS, budget // (blocks * classes * 4))
+def _block_rows(rows: int, classes: int, matrices: int) -> int:
+    """Rows of a block of so many matrices, all blocks of about one size; 0 classes: by the number of rows alone."""
+    most = max(_BLOCK_ROWS, rows // (_BLOCK_SHARE * matrices))
+    if classes:
+        most = max(most, _BLOCK_BYTES // (matrices * classes * 4))
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
@@ -422,10 +472,15 @@ def _factor(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     return hidden
 
 
-def _gathered(weight: Any) -> Any:
-    """A DTensor's whole value, whose gradient goes back as the mean over the ranks, as FSDP and DDP take it."""
+def _whole(weight: Any, over_ranks: bool) -> Any:
+    """A DTensor's whole value, whose gradient goes back as the mean over the ranks, as FSDP and DDP take it.
+
+    Where the ranks hold the classes, its own value: this rank's slice.
+    """
     if not hasattr(weight, "full_tensor"):
         return weight
+    if over_ranks:
+        return weight.to_local()
     from torch.distributed.tensor import Partial
 
     mesh = weight.device_mesh
