@@ -131,19 +131,25 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   args.student = s.const_data_ptr();
 
   at::Tensor t, indices;
+  // The bucket's teacher brings its rows with the label and the bucket at their end; its kernels leave the sum to us.
+  const bool bucket = tensors.teacher_indices && config.tail == Tail::Bucket;
   if (tensors.teacher_indices) {
-    auto top_k = teacher.sizes().vec();
-    if (!top_k.empty()) top_k.back() = student.size(-1);
-    TORCH_CHECK_VALUE(student.sizes().equals(top_k) && teacher.size(-1) <= student.size(-1),
-                      "sortkd_kernels: expected teacher values of shape [..., k] with k <= ", student.size(-1), ", got ",
-                      teacher.sizes());
-    check_beside(teacher, "teacher", student, teacher.sizes());
-    check_beside(*tensors.teacher_indices, "teacher_indices", student, teacher.sizes());
-    check_indices(*tensors.teacher_indices, "teacher_indices");
+    auto values_shape = tensors.teacher_indices->sizes().vec(), top_k = values_shape;
+    if (!top_k.empty()) top_k.back() = student.size(-1), values_shape.back() += bucket ? 2 : 0;
+    TORCH_CHECK_VALUE(student.sizes().equals(top_k) && tensors.teacher_indices->size(-1) <= student.size(-1),
+                      "sortkd_kernels: expected teacher_indices of shape [..., k] with k <= ", student.size(-1), ", got ",
+                      tensors.teacher_indices->sizes());
+    TORCH_CHECK_VALUE(!bucket || config.reduction != Reduction::Mean,
+                      "sortkd_kernels: expected reduction none or sum with the bucket, got mean");
+    check_beside(teacher, "teacher", student, values_shape);
+    check_beside(*tensors.teacher_indices, "teacher_indices", student, tensors.teacher_indices->sizes());
+    args.int64_indices = tensors.teacher_indices->scalar_type() == at::kLong;
+    if (!args.int64_indices && tensors.teacher_indices->scalar_type() != at::kInt)
+      check_indices(*tensors.teacher_indices, "teacher_indices");
     t = teacher.contiguous();
     indices = tensors.teacher_indices->contiguous();
-    args.teacher_indices = indices.const_data_ptr<int64_t>();
-    args.k = teacher.size(-1);
+    args.teacher_indices = indices.const_data_ptr();
+    args.k = indices.size(-1);
   } else {
     check_beside(teacher, "teacher", student, student.sizes());
     const bool alike = teacher.strides().equals(s.strides()) || (teacher.is_contiguous() && s.is_contiguous());
@@ -164,7 +170,7 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   const at::Tensor temperatures = as_acc(tensors.temperature, "temperature", args.temperature, args.temperature_stride);
   const OptionalTensor& factor = tensors.row_scale ? tensors.row_scale : request.grad_output;
   const at::Tensor grad_output = as_acc(factor, "grad_output", args.grad_output, args.grad_output_stride);
-  if (tensors.row_scale) args.config.reduction = Reduction::None;
+  if (tensors.row_scale || bucket) args.config.reduction = Reduction::None;
 
   LossResult result;
   const at::IntArrayRef shape = args.config.reduction == Reduction::None ? target.sizes() : at::IntArrayRef();
@@ -191,9 +197,11 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   launch(
       student, args, [&](const auto& a) { cpu::run_loss(a, scratch_of(cpu::scratch_bytes(a)).data_ptr()); },
       [&](const auto& a) { check_launch(cuda::run_loss(a, scratch_of(cuda::scratch_bytes(a)).data_ptr(), current_stream())); });
-  if (tensors.row_scale)
-    for (at::Tensor* term : {&result.loss, &result.kd, &result.ce})
-      if (term->defined()) *term = config.reduction == Reduction::None ? *term * grad_output : (*term * grad_output).sum();
+  if (tensors.row_scale || bucket)
+    for (at::Tensor* term : {&result.loss, &result.kd, &result.ce}) {
+      if (term->defined() && tensors.row_scale) *term = *term * grad_output;
+      if (term->defined() && config.reduction != Reduction::None) *term = term->sum();
+    }
   if (request.student && !in_memory) result.grad_student = at::empty_like(student).copy_(result.grad_student);
   return result;
 }

@@ -27,8 +27,9 @@ struct LossArgs {
   Layout layout;
   Dtype student_dtype, teacher_dtype;
   const void* student;
-  const void* teacher;             // [outer, C, inner], or [N, k] values of a top-k teacher
-  const int64_t* teacher_indices;  // [N, k], or null for a full teacher
+  const void* teacher;  // [outer, C, inner]; of a top-k teacher [N, k] values, or [N, k + 2] with Tail::Bucket (cpu/bucket.h)
+  const void* teacher_indices;  // [N, k], or null for a full teacher
+  bool int64_indices;           // else int32
   int64_t k;
   const int64_t* target;       // [N], each in [0, C) or ignore_index: the kernels check it
   const void* temperature;     // acc, [N] or [1], or null: config.temperature

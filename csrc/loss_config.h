@@ -9,6 +9,7 @@ namespace sortkd {
 
 enum class Correction : int64_t { None = 0, Sort = 1, Swap = 2 };
 enum class Reduction : int64_t { None = 0, Sum = 1, Mean = 2 };
+enum class Tail : int64_t { Renormalize = 0, Uniform = 1, Bucket = 2 };
 
 // Fields, their order and their meaning are those of LossConfig in sortkd_kernels/ops.py.
 struct LossConfig {
@@ -17,8 +18,8 @@ struct LossConfig {
   double kd_weight, alpha;
   std::optional<double> beta;  // DKD where it is given, KD otherwise
   double ce_weight;
-  bool standardize;   // LSKD's z-score of both sides
-  bool uniform_tail;  // top-k teachers: the mass outside the k, spread evenly over the absent classes
+  bool standardize;  // LSKD's z-score of both sides
+  Tail tail;         // of a top-k teacher: what stands for the absent classes
   Reduction reduction;
   int64_t ignore_index;
   bool parts;  // the terms and the rank are wanted beside the loss
@@ -33,7 +34,7 @@ struct LossConfig {
 template <typename Config, typename F>
 void for_each_field(Config& c, F&& f) {
   f(c.temperature), f(c.correction), f(c.kd_weight), f(c.alpha), f(c.beta), f(c.ce_weight), f(c.standardize);
-  f(c.uniform_tail), f(c.reduction), f(c.ignore_index), f(c.parts);
+  f(c.tail), f(c.reduction), f(c.ignore_index), f(c.parts);
 }
 
 }  // namespace sortkd

@@ -179,6 +179,16 @@ SORTKD_HD T tail_logit(bool uniform, double mass, int64_t absent) {
   return static_cast<T>(std::log((1 - mass) / static_cast<double>(absent)));
 }
 
+// The classes of a top-k teacher, as they were given: int64 or int32.
+struct ClassIndices {
+  const void* at;
+  bool int64;
+  SORTKD_HD int64_t operator[](int64_t i) const {
+    return int64 ? static_cast<const int64_t*>(at)[i] : static_cast<const int32_t*>(at)[i];
+  }
+  SORTKD_HD ClassIndices from(int64_t i) const { return {static_cast<const char*>(at) + i * (int64 ? 8 : 4), int64}; }
+};
+
 // An order-preserving unsigned image of a float: larger value, smaller key.
 SORTKD_HD uint32_t descending_key(float x) {
   uint32_t bits;

@@ -2,7 +2,14 @@
 
 from .backends import BackendState, available_backends, build_info
 from .fused_linear import fused_linear_sort_kd
-from .fused_sort_kd import SortKDOutput, fused_sort_dkd, fused_sort_kd, fused_sort_kd_topk, sort_logits
+from .fused_sort_kd import (
+    SortKDOutput,
+    SortKDTopKOutput,
+    fused_sort_dkd,
+    fused_sort_kd,
+    fused_sort_kd_topk,
+    sort_logits,
+)
 from .losses import FusedLinearSortKDLoss, LearnedTemperature, SortDKDLoss, SortKDLoss
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "SortDKDLoss",
     "SortKDLoss",
     "SortKDOutput",
+    "SortKDTopKOutput",
     "available_backends",
     "build_info",
     "fused_linear_sort_kd",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 CORRECTIONS = ("none", "sort", "swap")
 REDUCTIONS = ("none", "sum", "mean")
-TAILS = ("renormalize", "uniform")
+TAILS = ("renormalize", "uniform", "bucket")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,8 +90,8 @@ def check_top_k(fn: str, student: Tensor, values: Tensor, indices: Tensor) -> No
     check_logits(fn, "teacher_values", values)
     if not isinstance(indices, Tensor):
         raise TypeError(f"{fn}: expected teacher_indices to be a torch.Tensor, got {type(indices).__name__}")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{fn}: expected teacher_indices of dtype int64, got {_dtype(indices)}")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{fn}: expected teacher_indices of dtype int64 or int32, got {_dtype(indices)}")
     rows, classes = student.shape[:-1], student.shape[-1]
     if values.shape[:-1] != rows or not 0 < values.shape[-1] <= classes:
         raise ValueError(

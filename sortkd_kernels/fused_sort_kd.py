@@ -35,6 +35,25 @@ class SortKDOutput(NamedTuple):
     rank: Tensor
 
 
+class SortKDTopKOutput(NamedTuple):
+    """What :func:`fused_sort_kd_topk` returns with ``return_parts=True``: :class:`SortKDOutput` and two masses.
+
+    Attributes:
+        loss, kd, ce, rank: as in :class:`SortKDOutput`.
+        student_mass: the student's probability, at temperature 1, of the k classes together, of ``target``'s shape.
+        teacher_mass: ``sum exp(values)``, the same of a teacher whose values are log-probabilities.
+
+    Both are detached, count a class once, and are 0 in ignored rows.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    rank: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+
+
 def fused_sort_kd(
     student: Tensor,
     teacher: Tensor,
@@ -98,7 +117,7 @@ def fused_sort_kd(
         IndexError: on the CPU, or with ``process_group``, a label outside ``[0, C)`` that is not ``ignore_index``.
         RuntimeError: the ``backend`` asked for is not available; the message has the reason.
     """
-    options = _options("fused_sort_kd", temperature, correction, kd_weight, 1.0, None, ce_weight, standardize, False,
+    options = _options("fused_sort_kd", temperature, correction, kd_weight, 1.0, None, ce_weight, standardize, 0,
                        reduction, ignore_index, return_parts)  # fmt: skip
     return _loss("fused_sort_kd", student, teacher, None, target, temperature, options, class_dim, denominator,
                  row_weight, inplace, backend, process_group)  # fmt: skip
@@ -146,7 +165,7 @@ def fused_sort_dkd(
         TypeError, ValueError, IndexError, RuntimeError: as in :func:`fused_sort_kd`.
     """
     checks.as_float("fused_sort_dkd", "beta", beta)  # None would be KD
-    options = _options("fused_sort_dkd", temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, False,
+    options = _options("fused_sort_dkd", temperature, correction, kd_weight, alpha, beta, ce_weight, standardize, 0,
                        reduction, ignore_index, return_parts)  # fmt: skip
     return _loss("fused_sort_dkd", student, teacher, None, target, temperature, options, class_dim, denominator,
                  row_weight, inplace, backend, process_group)  # fmt: skip
@@ -170,7 +189,7 @@ def fused_sort_kd_topk(
     inplace: bool = False,
     backend: str | None = None,
     return_parts: bool = False,
-) -> Tensor | SortKDOutput:
+) -> Tensor | SortKDTopKOutput:
     r"""Sort-KD from a teacher served as its top ``k`` classes: the teacher's memory is ``k`` values a row, not ``C``.
 
     The k values and indices stand for a full row of ``C`` logits, and the loss is exactly :func:`fused_sort_kd` of that
@@ -179,17 +198,29 @@ def fused_sort_kd_topk(
     * ``"renormalize"``: ``-inf``. The teacher's distribution lives on k classes alone, renormalised there.
     * ``"uniform"``: the values are log-probabilities at temperature 1, and the mass that they leave,
       ``1 - sum exp(values)``, is spread evenly over the ``C - k`` absent classes.
+    * ``"bucket"``: the values are log-probabilities at temperature 1, and the absent classes are one class with the
+      mass that they leave, on the student's side too: KD is that of these ``k + 1`` classes, whose distributions are
+      formed at temperature 1 and then tempered.
 
     A label that is not among the k ranks below all of them. The correction then gives it the largest value, gives each
     of the k the next lower one, and leaves the last of them with what an absent class holds. The student's softmax runs
-    over all ``C`` classes.
+    over all ``C`` classes, and so does the cross-entropy, whatever the tail.
+
+    The bucket is never above the label: where the label is among the k, only they are ordered. A label outside of them
+    holds, as with ``"uniform"``, an even share of what is left; once corrected it is a class of its own, and the bucket
+    keeps the shares of the other absent classes (so KD is that of ``"uniform"`` with the classes merged that hold a
+    share after the correction). With ``correction="none"`` it stays in the bucket, and KD does not depend on the label.
+
+    A server may append the label's own value as one more entry, whether or not it is among the k already: of several
+    entries of the label the first one counts. Other classes must not come twice.
 
     Args:
         student: logits ``[..., C]``.
         teacher_values: the teacher's k largest logits (or log-probabilities) a row, ``[..., k]``, in any order.
-        teacher_indices: their classes, int64 ``[..., k]``, distinct within a row.
+        teacher_indices: their classes, int64 or int32 ``[..., k]``, distinct within a row but for the label.
         target: labels ``[...]``.
-        tail: ``"renormalize"`` or ``"uniform"``.
+        tail: ``"renormalize"``, ``"uniform"`` or ``"bucket"``.
+        return_parts: return :class:`SortKDTopKOutput` instead of the loss; it reads the student once more.
 
     The other arguments are those of :func:`fused_sort_kd`.
 
@@ -202,10 +233,43 @@ def fused_sort_kd_topk(
     """
     fn = "fused_sort_kd_topk"
     checks.check_choice(fn, "tail", tail, checks.TAILS)
-    options = _options(fn, temperature, correction, kd_weight, 1.0, None, ce_weight, False, tail == "uniform",
+    options = _options(fn, temperature, correction, kd_weight, 1.0, None, ce_weight, False, checks.TAILS.index(tail),
                        reduction, ignore_index, return_parts)  # fmt: skip
-    return _loss(fn, student, teacher_values, teacher_indices, target, temperature, options, -1, denominator,
-                 row_weight, inplace, backend)  # fmt: skip
+    arguments = fn, student, teacher_values, teacher_indices, target
+    if not options.parts:
+        return _loss(*arguments, temperature, options, -1, denominator, row_weight, inplace, backend)
+    masses = _masses(*arguments, options, backend)  # before the student may be written over
+    return SortKDTopKOutput(
+        *_loss(*arguments, temperature, options, -1, denominator, row_weight, inplace, backend), *masses
+    )
+
+
+@torch.no_grad()
+def _masses(
+    fn: str, student: Tensor, values: Tensor, indices: Tensor, target: Tensor, config: ops.LossConfig,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What student and teacher give to the k, at temperature 1.
+
+    The student's normaliser is a cross-entropy: that of the largest of its logits at the k.
+    """
+    checks.check_logits(fn, "student", student)
+    checks.check_top_k(fn, student, values, indices)
+    checks.check_target(fn, "student", student, target)
+    ops.check_labels("teacher_indices", indices, student.shape[-1])
+    work = ops.arithmetic(student, values)
+    is_label = indices == target.unsqueeze(-1)
+    later = is_label & (is_label.cumsum(-1) > 1)
+    classes, ignored = indices.long(), target == config.ignore_index
+    of_k = student.gather(-1, classes).to(work).masked_fill(later, -torch.inf)
+    top, place = of_k.max(-1, keepdim=True)
+    config = ops.LossConfig(correction=0, reduction=0, ignore_index=-1, parts=True)
+    at_top = classes.gather(-1, place).squeeze(-1).masked_fill(ignored, -1)
+    normaliser = _loss(fn, student, values, indices, at_top, 1.0, config, -1, None, None, False, backend)
+    of_student = (of_k - top).exp().sum(-1) * (-normaliser.ce).exp()
+    of_student = of_student.masked_fill(top.squeeze(-1) == -torch.inf, 0.0)
+    of_teacher = values.to(work).exp().masked_fill(later, 0.0).sum(-1)
+    return of_student.masked_fill(ignored, 0.0), of_teacher.masked_fill(ignored, 0.0)
 
 
 def sort_logits(
@@ -258,10 +322,16 @@ def _loss(
     if class_dim != -1:
         student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
     name = backends.choose(fn, backend, student.device)
+    rank = None
+    if config.tail == ops.BUCKET:
+        work = ops.arithmetic(student, teacher)
+        teacher, rank = ops.bucket_teacher(name, teacher, teacher_indices, target, student.shape[-1], config, work)
     eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
     arguments = student, teacher, teacher_indices, target, learned, row_scale, config, inplace
     parts = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
-    return SortKDOutput(*parts) if config.parts else parts[0]
+    if not config.parts:
+        return parts[0]
+    return SortKDOutput(*parts[:3], parts[3] if rank is None else rank.masked_fill(target == config.ignore_index, 0))
 
 
 def _loss_over_ranks(
@@ -303,7 +373,7 @@ def _checked(
     if learned is not None:
         checks.check_temperature_tensor(fn, learned, student, target)
     row_scale = None
-    if denominator is not None or row_weight is not None:
+    if denominator is not None or row_weight is not None or config.tail == ops.BUCKET:
         row_scale, config = _row_scale(fn, student, teacher, target, config, denominator, row_weight)
     inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     inplace = inplace and checks.allows_inplace(fn, student, teacher)
@@ -340,7 +410,7 @@ def _options(fn: str, temperature: float | Tensor, correction: str, *others: Any
 
 def _checked_options(
     fn: str, temperature: float, correction: str, kd_weight: float, alpha: float, beta: float | None, ce_weight: float,
-    standardize: bool, uniform_tail: bool, reduction: str, ignore_index: int, parts: bool,
+    standardize: bool, tail: int, reduction: str, ignore_index: int, parts: bool,
 ) -> ops.LossConfig:  # fmt: skip
     checks.check_choice(fn, "correction", correction, checks.CORRECTIONS)
     checks.check_choice(fn, "reduction", reduction, _REDUCTION)
@@ -352,7 +422,7 @@ def _checked_options(
         beta=None if beta is None else checks.as_float(fn, "beta", beta),
         ce_weight=checks.as_float(fn, "ce_weight", ce_weight),
         standardize=bool(standardize),
-        uniform_tail=uniform_tail,
+        tail=int(tail),
         reduction=_REDUCTION[reduction],
         ignore_index=checks.as_int(fn, "ignore_index", ignore_index),
         parts=bool(parts),

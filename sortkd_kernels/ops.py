@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import autograd, backends, checks, reference
 
+BUCKET = checks.TAILS.index("bucket")
+
 
 class LossConfig(NamedTuple):
     """The options of a loss, the same for every row of a call; `csrc/loss_config.h` is its other spelling.
@@ -22,7 +24,7 @@ class LossConfig(NamedTuple):
         kd_weight, ce_weight: the weights of the two terms.
         alpha, beta: the weights of DKD's terms; KD where ``beta`` is None.
         standardize: LSKD's z-score of both sides.
-        uniform_tail: what a top-k teacher leaves out is spread evenly over the absent classes.
+        tail: the place in ``checks.TAILS``: what stands for the absent classes of a top-k teacher.
         reduction: the place in ``checks.REDUCTIONS``.
         ignore_index: rows with this label take no part.
         parts: the terms and the rank are wanted beside the loss.
@@ -35,7 +37,7 @@ class LossConfig(NamedTuple):
     beta: float | None = None
     ce_weight: float = 0.0
     standardize: bool = False
-    uniform_tail: bool = False
+    tail: int = 0
     reduction: int = 2
     ignore_index: int = -100
     parts: bool = False
@@ -51,8 +53,10 @@ class LossConfig(NamedTuple):
 
 _TYPES = {float: "float", int: "int", bool: "bool", float | None: "float?"}
 _OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in typing.get_type_hints(LossConfig).items())
-# Logits [..., C] with any strides, row tensors [...]. The results: loss, kd, ce, rank, the student's gradient with the
-# strides of torch.empty_like(student), the temperature's gradient [N]; of what is not asked for, an empty tensor.
+# Logits [..., C] with any strides, row tensors [...]; of a top-k teacher values and indices [..., k], with the bucket
+# the rows [..., k + 2] of `bucket_teacher` in place of the values, and then no mean and a rank of 0. The results: loss,
+# kd, ce, rank, the student's gradient with the strides of torch.empty_like(student), the temperature's gradient [N]; of
+# what is not asked for, an empty tensor.
 SCHEMA = (
     "(Tensor student, Tensor teacher, Tensor? teacher_indices, Tensor target, Tensor? temperature_tensor, "
     f"{_OPTIONS}, Tensor? grad_output, bool grad_student, bool grad_temperature) "
@@ -104,19 +108,28 @@ def reference_loss(
     """:func:`reference.loss_rows` as a backend: any layout, arithmetic in float32 or float64, reduced."""
     work, classes, rows = arithmetic(student, teacher), student.shape[-1], target.reshape(-1)
     check_labels("target", rows, classes, config.ignore_index)
-    full = teacher.reshape(-1, teacher.shape[-1]).to(work)
-    if teacher_indices is not None:
-        indices = teacher_indices.reshape(full.shape)
-        check_labels("teacher_indices", indices, classes)
-        full = reference.densify_top_k(full, indices, classes, config.uniform_tail)
+    logits, full = student.reshape(-1, classes).to(work), teacher.reshape(-1, teacher.shape[-1]).to(work)
+    correction = checks.CORRECTIONS[config.correction]
     scale: Tensor | float = config.temperature
     if temperature is not None:
         scale = temperature.to(work).reshape(-1 if temperature.dim() else ())
-    kd, ce, rank = reference.loss_rows(
-        student.reshape(-1, classes).to(work), full, rows, temperature=scale,
-        correction=checks.CORRECTIONS[config.correction], alpha=config.alpha, beta=config.beta,
-        standardized=config.standardize, ignore_index=config.ignore_index,
-    )  # fmt: skip
+    if teacher_indices is not None:
+        teacher_indices = teacher_indices.reshape(-1, teacher_indices.shape[-1]).long()
+        check_labels("teacher_indices", teacher_indices, classes)
+    if config.tail == BUCKET:
+        kd, ce = reference.bucket_rows(
+            logits, full, teacher_indices, rows, temperature=scale, correction=correction,
+            ignore_index=config.ignore_index,
+        )  # fmt: skip
+        rank = torch.zeros_like(rows, dtype=torch.int32)
+    else:
+        if teacher_indices is not None:
+            uniform = checks.TAILS[config.tail] == "uniform"
+            full = reference.densify_top_k(full, teacher_indices, classes, uniform, rows)
+        kd, ce, rank = reference.loss_rows(
+            logits, full, rows, temperature=scale, correction=correction, alpha=config.alpha, beta=config.beta,
+            standardized=config.standardize, ignore_index=config.ignore_index,
+        )  # fmt: skip
     weighted = config.kd_weight * kd
     if config.ce_weight:  # 0 * inf is not 0
         weighted = weighted + config.ce_weight * ce
@@ -142,6 +155,18 @@ def reference_sort_logits(teacher: Tensor, target: Tensor, correction: int, igno
     counts = labels != ignore_index
     corrected = reference.correct_logits(rows, torch.where(counts, labels, 0), checks.CORRECTIONS[correction])
     return torch.where(counts.unsqueeze(-1), corrected, rows).reshape(teacher.shape)
+
+
+def bucket_teacher(
+    backend: str, values: Tensor, indices: Tensor, target: Tensor, classes: int, config: LossConfig, work: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`reference.bucket_teacher` of rows ``[..., k]``, in ``work`` and corrected by the backend's op."""
+
+    def correct(rows: Tensor, places: Tensor, correction: str) -> Tensor:
+        return SORT_LOGITS[backend](rows, places, checks.CORRECTIONS.index(correction), -1)
+
+    correction = checks.CORRECTIONS[config.correction]
+    return reference.bucket_teacher(values.to(work), indices, target, classes, correction, correct, config.parts)
 
 
 def check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:

@@ -2,7 +2,7 @@ r"""The mathematics of this package, in the plainest form: the oracle that every
 
 Source: "Parameter-Free Logit Distillation via Sorting Mechanism", IEEE SPL 2025, arXiv 2508.16544 (Sort-KD). DKD is
 arXiv 2203.08679, LSKD arXiv 2403.01427, CTKD arXiv 2211.16231. Everything here is ordinary differentiable PyTorch in
-whatever float dtype it is given; nothing is shared with the kernels.
+whatever float dtype it is given; nothing is shared with the kernels but :func:`bucket_teacher`.
 
 The correction (:func:`sort_logits`)
 ------------------------------------
@@ -57,6 +57,8 @@ the mean.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -170,18 +172,121 @@ def loss_rows(
     return torch.where(counts, kd, zero), torch.where(counts, ce, zero), rank
 
 
-def densify_top_k(values: Tensor, indices: Tensor, classes: int, uniform_tail: bool) -> Tensor:
+def densify_top_k(
+    values: Tensor, indices: Tensor, classes: int, uniform_tail: bool, target: Tensor | None = None
+) -> Tensor:
     """The full rows ``[N, C]`` that top-k ``values`` and ``indices`` ``[N, k]`` stand for.
 
     Absent classes hold ``-inf``; or, with ``uniform_tail``, an equal share each of the mass that the values, then
-    log-probabilities, leave to 1 (nothing where rounding has left none).
+    log-probabilities, leave to 1 (nothing where rounding has left none). Where ``target`` ``[N]`` is among the k more
+    than once, its first entry counts.
     """
     rows, k = values.shape
+    present = torch.full_like(indices[:, :1], k)
+    counted = values
+    if target is not None:
+        is_label, place = _label_entries(indices, target)
+        values = torch.where(is_label, values.gather(-1, place.clamp_max(k - 1)), values)
+        later = is_label & (torch.arange(k, device=place.device) != place)
+        present, counted = k - later.sum(-1, keepdim=True), values.masked_fill(later, -torch.inf)
     tail = torch.full_like(values[:, :1], -torch.inf)
-    if uniform_tail and k < classes:
-        left = 1 - values.exp().sum(-1, keepdim=True)
-        tail = torch.where(left > 0, left, torch.where(left.isnan(), torch.nan, 0.0)).div(classes - k).log()
+    if uniform_tail:
+        left = 1 - counted.exp().sum(-1, keepdim=True)
+        left = torch.where(left > 0, left, torch.where(left.isnan(), torch.nan, 0.0))
+        tail = torch.where(present < classes, left.div((classes - present).clamp_min(1)).log(), tail)
     return tail.expand(rows, classes).scatter(-1, indices, values)
+
+
+def bucket_teacher(
+    values: Tensor,
+    indices: Tensor,
+    target: Tensor,
+    classes: int,
+    correction: str,
+    correct: Callable[[Tensor, Tensor, str], Tensor] = correct_logits,
+    with_rank: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """A top-k teacher with its absent classes in one, the bucket, after the correction.
+
+    The rule is the uniform tail's, with the absent classes then merged: the full row of :func:`densify_top_k` is
+    corrected, and of the absent classes those that still hold a share make the bucket. Only the k and a label outside
+    them are ever moved, so no full row is made. A label among the k leaves the bucket as it is, which is above no
+    label. A label outside holds a share, ``left / absent``. Corrected, it leaves the bucket, which keeps the shares of
+    the others; uncorrected it stays inside.
+
+    Args:
+        values: log-probabilities at temperature 1, ``[N, k]``, in the dtype of the result.
+        indices: their classes, distinct but for the label's, whose first entry counts.
+        target: ``[N]``; a row whose target is no class comes out as one with a label outside.
+        correct: :func:`correct_logits`, or what does the same.
+
+    Returns:
+        Log-probabilities ``[N, k + 2]`` of the k, the label and the bucket, ``-inf`` for what is left out: the label
+        where it is among the k or in the bucket, its later entries, and the bucket where nothing is left. And the rank
+        of the label, int32 ``[N]``, or None.
+    """
+    k = values.shape[-1]
+    is_label, place = _label_entries(indices, target)
+    later = is_label & (torch.arange(k, device=place.device) != place)
+    values = values.masked_fill(later, -torch.inf)
+    # In double, where there is one: what is left has the error of a number near 1.
+    mass = (values if values.device.type == "mps" else values.double()).exp().sum(-1, keepdim=True)
+    absent, outside = (classes - k + later.sum(-1, keepdim=True)).to(mass.dtype), place == k
+    left = (-mass.clamp_max(1.0)).log1p().masked_fill(absent == 0, -torch.inf)
+    share = torch.where(outside, left - absent.log(), -torch.inf).to(values.dtype)
+    row = torch.cat([values, share], -1)
+    rank = (row > row.gather(-1, place)).sum(-1, dtype=torch.int32) if with_rank else None
+    if correction == "none":
+        row = torch.cat([values, torch.full_like(share, -torch.inf)], -1)
+    else:
+        row = correct(row, place.squeeze(-1), correction)
+        left = torch.where(outside, left + (-1.0 / absent).log1p(), left)
+    return torch.cat([row, left.to(row.dtype)], -1), rank
+
+
+def bucket_student(student: Tensor, indices: Tensor, target: Tensor, correction: str) -> tuple[Tensor, Tensor]:
+    """The student's logits ``[N, k + 2]`` of the same classes, and the label's place among them ``[N]``.
+
+    That of the bucket is the logsumexp of its classes, so that the k + 2 have the probabilities of the row.
+    """
+    k = indices.shape[-1]
+    label = target.unsqueeze(-1)
+    is_label, place = _label_entries(indices, target)
+    taken = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
+    apart = place == k
+    if correction == "none":
+        place = place + apart
+        apart = torch.zeros_like(apart)
+    taken = taken.scatter(-1, label, taken.gather(-1, label) | apart)
+    rest = student.masked_fill(taken, -torch.inf)
+    empty = (rest == -torch.inf).all(-1, keepdim=True)
+    bucket = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
+    of_k = student.gather(-1, indices)
+    of_k = of_k.masked_fill(is_label & (torch.arange(k, device=place.device) != place), -torch.inf)
+    of_label = student.gather(-1, label).masked_fill(~apart, -torch.inf)
+    return torch.cat([of_k, of_label, bucket], -1), place.squeeze(-1)
+
+
+def bucket_rows(
+    student: Tensor, teacher: Tensor, indices: Tensor, target: Tensor, *, temperature: Tensor | float, correction: str,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """KD of the k + 2 classes, ``teacher`` being :func:`bucket_teacher`'s, and the cross-entropy of all: ``[N]``."""
+    counts = target != ignore_index
+    student = torch.where(counts.unsqueeze(-1), student, 0.0)
+    label = torch.where(counts, target, 0)
+    small, place = bucket_student(student, indices, label, correction)
+    place = torch.where(counts, place, -1)
+    kd, _, _ = loss_rows(small, teacher, place, temperature=temperature, correction="none", ignore_index=-1)
+    ce = F.cross_entropy(student, label, reduction="none")
+    return kd, torch.where(counts, ce, 0.0)
+
+
+def _label_entries(indices: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the k are the label, ``[N, k]``, and the first of them, ``[N, 1]``, k where there is none."""
+    is_label = indices == target.to(indices.dtype).unsqueeze(-1)
+    first = is_label.to(torch.uint8).argmax(-1, keepdim=True)
+    return is_label, torch.where(is_label.gather(-1, first), first, indices.shape[-1])
 
 
 def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:

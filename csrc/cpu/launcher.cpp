@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <string>
 
+#include "../row_math.h"
 #include "rows.h"
 
 namespace sortkd {
@@ -69,10 +70,10 @@ int64_t check_labels(const int64_t* labels, int64_t rows, int64_t C, int64_t ign
 }
 
 void check_top_k(const LossArgs& args) {
+  const ClassIndices indices{args.teacher_indices, args.int64_indices};
   for (int64_t i = 0; i < args.layout.rows() * args.k; ++i)
-    TORCH_CHECK_INDEX(args.teacher_indices[i] >= 0 && args.teacher_indices[i] < args.layout.C,
-                      "sortkd_kernels: expected teacher_indices in [0, ", args.layout.C, "), got ", args.teacher_indices[i],
-                      " in row ", i / args.k);
+    TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < args.layout.C, "sortkd_kernels: expected teacher_indices in [0, ",
+                      args.layout.C, "), got ", indices[i], " in row ", i / args.k);
 }
 
 // Serial and in double: the same bits for any number of threads.

@@ -12,11 +12,28 @@
 #include <type_traits>
 #include <utility>
 
+#include "../kernels.h"
 #include "../row_math.h"
 #include "simd.h"
 
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
+
+template <typename F>
+inline void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::Float: return f(float{});
+    case Dtype::BFloat16: return f(c10::BFloat16{});
+    case Dtype::Half: return f(c10::Half{});
+    default: return f(double{});
+  }
+}
+template <typename T>
+constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::Double : Dtype::Float;
+
+inline const char* element(const void* base, Dtype dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * bytes_of(dtype);
+}
 
 template <typename X>
 constexpr bool is_half = std::is_same_v<X, c10::Half> || std::is_same_v<X, c10::BFloat16>;
@@ -87,40 +104,37 @@ inline void store_tile(const T* rows, int64_t pitch, int64_t C, int64_t inner, i
     for (int64_t r = 0; r < count; ++r) x[c * inner + r] = static_cast<X>(rows[r * pitch + c]);
 }
 
-// What the absent classes of a top-k teacher hold: see tail_logit.
+// What the absent classes of a top-k teacher hold: see tail_logit. Of several entries of the label the first one counts.
 template <typename X, typename T>
-inline T tail_of(const X* values, int64_t k, int64_t C, bool uniform) {
+inline T tail_of(const X* values, const ClassIndices& indices, int64_t k, int64_t C, int64_t label, bool uniform) {
   double mass = 0;
-  if (uniform)
-    for (int64_t j = 0; j < k; ++j) mass += std::exp(static_cast<double>(values[j]));
-  return tail_logit<T>(uniform, mass, C - k);
+  int64_t present = 0;
+  bool labelled = false;
+  for (int64_t j = 0; uniform && j < k; ++j) {
+    if (indices[j] == label && std::exchange(labelled, true)) continue;
+    mass += std::exp(static_cast<double>(values[j]));
+    ++present;
+  }
+  return tail_logit<T>(uniform, mass, C - present);
 }
 
-// The whole row that a top-k teacher stands for.
+// The whole row that a top-k teacher stands for. From the last entry to the first, which counts.
 template <typename X, typename T>
-inline void densify(const X* values, const int64_t* indices, int64_t k, int64_t C, T tail, T* row) {
+inline void densify(const X* values, const ClassIndices& indices, int64_t k, int64_t C, T tail, T* row) {
   std::fill(row, row + C, tail);
-  for (int64_t j = 0; j < k; ++j) row[indices[j]] = static_cast<T>(values[j]);
+  for (int64_t j = k; j-- > 0;) row[indices[j]] = static_cast<T>(values[j]);
 }
 
-// The same row without what is far from the k and from the label: only the vectors at its breaks are written. Their places go
-// to `at`, their number is returned; `seen` is scratch of a byte for each vector, in whole words of 8.
-template <typename X, typename T>
-inline int64_t scatter(const X* values, const int64_t* indices, int64_t k, int64_t C, int64_t label, T tail, T* row,
-                       uint8_t* seen, int32_t* at) {
+// Where the vectors start that hold the label, one of the k, or the row's end where that fills none: ascending, to `at`; their
+// number is returned. `seen` is scratch of a byte for each vector, in whole words of 8.
+template <typename T>
+inline int64_t top_k_breaks(const ClassIndices& indices, int64_t k, int64_t C, int64_t label, uint8_t* seen, int32_t* at) {
   constexpr int64_t kWidth = Vec<T>::size();
   const int64_t words = (C + 8 * kWidth - 1) / (8 * kWidth);
   std::memset(seen, 0, words * 8);
-  const auto claim = [&](int64_t c) {
-    uint8_t& mark = seen[c / kWidth];
-    if (!std::exchange(mark, 1)) std::fill_n(row + c / kWidth * kWidth, kWidth, tail);
-  };
-  claim(label);
-  if (C % kWidth) claim(C - 1);
-  for (int64_t j = 0; j < k; ++j) {
-    claim(indices[j]);
-    row[indices[j]] = static_cast<T>(values[j]);
-  }
+  seen[label / kWidth] = 1;
+  if (C % kWidth) seen[C / kWidth] = 1;
+  for (int64_t j = 0; j < k; ++j) seen[indices[j] / kWidth] = 1;
   int64_t count = 0;
   for (int64_t word = 0; word < words; ++word) {
     uint64_t any;
@@ -131,6 +145,17 @@ inline int64_t scatter(const X* values, const int64_t* indices, int64_t k, int64
       count += seen[v];
     }
   }
+  return count;
+}
+
+// The same row as `densify` makes without what is far from the k and from the label: only the vectors at its breaks are
+// written.
+template <typename X, typename T>
+inline int64_t scatter(const X* values, const ClassIndices& indices, int64_t k, int64_t C, int64_t label, T tail, T* row,
+                       uint8_t* seen, int32_t* at) {
+  const int64_t count = top_k_breaks<T>(indices, k, C, label, seen, at);
+  for (int64_t i = 0; i < count; ++i) std::fill_n(row + at[i], Vec<T>::size(), tail);
+  for (int64_t j = k; j-- > 0;) row[indices[j]] = static_cast<T>(values[j]);
   return count;
 }
 

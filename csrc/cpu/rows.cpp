@@ -5,27 +5,12 @@
 #include <cmath>
 #include <memory>
 
+#include "bucket.h"
 #include "row_io.h"
 #include "row_loss.h"
 
 namespace sortkd {
 inline namespace CPU_CAPABILITY {
-
-template <typename F>
-inline void with_dtype(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::Float: return f(float{});
-    case Dtype::BFloat16: return f(c10::BFloat16{});
-    case Dtype::Half: return f(c10::Half{});
-    default: return f(double{});
-  }
-}
-template <typename T>
-constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::Double : Dtype::Float;
-
-inline const char* element(const void* base, Dtype dtype, int64_t index) {
-  return static_cast<const char*>(base) + index * bytes_of(dtype);
-}
 
 // Rows are worked on a tile at a time, stage by stage: a row of a hundred classes waits longer for its own logarithms than it
 // computes, and its neighbours fill the wait. A tile stays within half of the smallest L1; with classes `inner` apart it is
@@ -199,9 +184,10 @@ struct LossRows {
   // Sparse, unless the tail is above the label's logit (or is NaN): then the correction moves absent classes too.
   void read_top_k(int64_t n, Row<T>& row, T* scratch, int32_t* breaks, uint8_t* seen) const {
     with_dtype(args.teacher_dtype, [&](auto tag) {
-      const int64_t k = args.k, *indices = args.teacher_indices + n * k;
+      const int64_t k = args.k;
+      const ClassIndices indices = ClassIndices{args.teacher_indices, args.int64_indices}.from(n * k);
       const auto* values = static_cast<const decltype(tag)*>(args.teacher) + n * k;
-      row.tail = tail_of<decltype(tag), T>(values, k, C, config.uniform_tail);
+      row.tail = tail_of<decltype(tag), T>(values, indices, k, C, row.label, config.tail == Tail::Uniform);
       row.breaks.count = scatter(values, indices, k, C, row.label, row.tail, scratch, seen, breaks);
       row.sparse = row.tail <= scratch[row.label] && !config.standardize;
       if (row.sparse) return;
@@ -270,6 +256,7 @@ void loss_rows(const RowLoop& loop, int64_t begin, int64_t end, SORTKD_ACC) {
   using T = SORTKD_ACC;
   const LossConfig& config = loop.args.config;
   const auto run = [&](auto rows) { rows.run(begin, end); };
+  if (config.tail == Tail::Bucket) return run(BucketRows<T>{loop});
   if (config.standardize || loop.args.grad_temperature)
     return config.with_ce() ? run(LossRows<T, CeExp::Own, true>{loop}) : run(LossRows<T, CeExp::None, true>{loop});
   if (!config.with_ce()) return run(LossRows<T, CeExp::None, false>{loop});

@@ -157,6 +157,7 @@ struct Plan {
     p.student = args.student;
     p.teacher = args.teacher;
     p.teacher_indices = args.teacher_indices;
+    p.int64_indices = args.int64_indices;
     p.k = static_cast<int>(args.k);
     p.grad = args.grad_student;
     const bool apart = vectors && past_vector(args.grad_student) != past_vector(args.student);
@@ -262,11 +263,13 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
 }  // namespace
 
 size_t scratch_bytes(const LossArgs& args) {
+  if (args.config.tail == Tail::Bucket) return bucket_scratch_bytes(args);
   return args.acc_double() ? Plan<double>(args, nullptr).bytes : Plan<float>(args, nullptr).bytes;
 }
 
 int run_loss(const LossArgs& args, void* scratch, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
+  if (args.config.tail == Tail::Bucket) return run_bucket(args, scratch, on);
   return args.acc_double() ? run<double>(args, scratch, on) : run<float>(args, scratch, on);
 }
 

@@ -18,7 +18,8 @@ struct Params {
   Dtype student_dtype, teacher_dtype;  // for rows whose dtype is known to the call alone
   const void* student;
   const void* teacher;
-  const int64_t* teacher_indices;
+  const void* teacher_indices;
+  bool int64_indices;
   int k;
   void* grad;
   int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
@@ -78,6 +79,10 @@ bool compiled_for_clusters();
 // X: float, BFloat16, Half.
 template <typename X>
 cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream);
+
+// Tail::Bucket, unreduced, with scratch of its own.
+size_t bucket_scratch_bytes(const LossArgs& args);
+cudaError_t run_bucket(const LossArgs& args, void* scratch, cudaStream_t stream);
 
 // Any dtypes and layouts; T: float, double.
 template <typename T>

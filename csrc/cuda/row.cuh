@@ -249,15 +249,20 @@ struct Row {
 #pragma unroll 1
     for (int w = group.member; w < words; w += group.size) present()[w] = 0;
     list.clear();
-    const int64_t* const indices = p.teacher_indices + row * p.k;
-    Sums<double, 1> mass{};
+    const ClassIndices indices = ClassIndices{p.teacher_indices, p.int64_indices}.from(row * p.k);
+    Sums<double, 2> mass{};  // and the entries that count
     if (group.member == 0) notes()[0] = access.absent = kLowest, notes()[1] = T(0);
     group.sync();
 #pragma unroll 1
     for (int j = group.member; counts && j < p.k; j += group.size) {
       const T value = element<T>(p.teacher, p.teacher_dtype, row * p.k + j);
       const int c = static_cast<int>(indices[j]);
+      // Of several entries of the label the first one counts.
+      bool first = true;
+      for (int i = 0; c == y && i < j; ++i) first &= indices[i] != y;
+      if (!first) continue;
       mass.of[0] += exp(static_cast<double>(value));
+      mass.of[1] += 1;
       set_present(c);
       if (c == y)
         notes()[0] = value, notes()[1] = T(1);
@@ -266,7 +271,7 @@ struct Row {
     }
     if (group.member == 0 && counts) set_present(y);
     mass = group.merged(mass);
-    access.absent = tail_logit<T>(p.config.uniform_tail, mass.of[0], p.C - p.k);
+    access.absent = tail_logit<T>(p.config.tail == Tail::Uniform, mass.of[0], p.C - static_cast<int>(mass.of[1]));
     teacher_label = notes()[1] == T(1) ? notes()[0] : access.absent;
     group.sync();
     if (counts && access.absent > teacher_label && p.config.correction != Correction::None) {

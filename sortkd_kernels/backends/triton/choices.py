@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bucket import sort_kd_bucket
 from .logits import sort_kd_logits
 from .long_rows import sort_kd_long_rows
 from .order import COUNTED
@@ -130,13 +131,15 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: torch.Size, strides: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, torch.dtype], k: int, ce: int,
-    general: bool, correction: int, mean: bool, aligned: tuple[bool, bool], device: torch.device,
+    shape: torch.Size, strides: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, torch.dtype], k: int,
+    indices: torch.dtype | None, ce: int, general: bool, correction: int, mean: bool, aligned: tuple[bool, bool],
+    device: torch.device,
 ) -> Plan | None:  # fmt: skip
     """The plan for a student of ``shape`` and a teacher with all classes or ``k``; None for strides without one.
 
     Args:
         strides: of student, teacher and gradient.
+        indices: the dtype of the k classes: kernels that read another are others.
         ce: CE of the kernels.
         general: GENERAL of the kernels.
         correction: 0 none, 1 sort, 2 swap; in registers a swap has one step whatever the rank.
@@ -180,6 +183,21 @@ def logits_plan(
     registers = MOST_REGISTERS if listed else REGISTERS
     launch = Launch(sort_kd_logits, programs, warps, registers, WORK=WORK[work], LISTED=listed, B=warps * 256)
     return launch, Scratch(capacity, programs * capacity * _buffers(work), 0)
+
+
+@functools.lru_cache(maxsize=256)
+def bucket(N: int, C: int, k: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> tuple[Launch, int]:
+    """A launch of `sort_kd_bucket`, and its programs, each of which has C bytes of scratch.
+
+    Args:
+        dtypes: of student, teacher and indices.
+    """
+    work = torch.float64 if torch.float64 in dtypes else torch.float32
+    block = min(LONG_BLOCK, max(128, triton.next_power_of_2(C)))
+    warps = max(1, block // 256)
+    programs = _programs(N, warps, C, device)
+    constants = {"WORK": WORK[work], "K": triton.next_power_of_2(k + 2), "B": block}
+    return Launch(sort_kd_bucket, programs, warps, MOST_REGISTERS, **constants), programs
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,8 @@ from torch import Tensor
 from . import choices
 from .row_io import COUNT_LABELS, COUNTERS, MAX_GROUPS, SUM_COUNTS
 
+UNIFORM, BUCKET = 1, 2  # places in TAILS of `checks.py`
+
 # Counters that each call leaves at zero, by device and stream: calls of one stream follow each other.
 _TICKETS: dict[tuple[int | None, int], Tensor] = {}
 # For captured calls, whose graph may be replayed on any stream: each has counters that no other call uses.
@@ -43,7 +45,8 @@ def loss_forward(
     """The loss of :func:`sortkd_kernels.reference.loss_rows`, reduced, and its gradients.
 
     Args:
-        student, teacher: logits ``[..., C]`` of any strides; a top-k teacher's values ``[..., k]``.
+        student, teacher: logits ``[..., C]`` of any strides; a top-k teacher's values ``[..., k]``, with the bucket
+            its rows ``[..., k + 2]`` (`reference.py`), where the loss has no mean.
         teacher_indices: the classes of these values, or None.
         target: labels ``[...]``.
         temperature_tensor: 0-d or one value a row; takes the place of ``config.temperature``.
@@ -57,6 +60,11 @@ def loss_forward(
         ``loss, kd, ce, rank, grad_student, grad_temperature``; what is not asked for has shape ``[0]``.
         ``grad_student`` has the strides of ``torch.empty_like(student)``, ``grad_temperature`` one value a row.
     """
+    if config.tail == BUCKET:
+        return _bucket_loss(
+            student, teacher, teacher_indices, target, temperature_tensor, config, grad_output, grad_student,
+            grad_temperature, inplace,
+        )  # fmt: skip
     device = student.device
     C, N, k = student.shape[-1], target.numel(), 0
     if teacher_indices is not None:
@@ -74,7 +82,8 @@ def loss_forward(
         ce = int(config.temperature)
     plan = choices.plan(
         student.shape, (student.stride(), teacher.stride(), (gradient if grad_student else student).stride()),
-        (student.dtype, teacher.dtype), k, ce, general, config.correction, reduction == 2,
+        (student.dtype, teacher.dtype), k,
+        None if teacher_indices is None else teacher_indices.dtype, ce, general, config.correction, reduction == 2,
         (student.data_ptr() % 16 == 0, teacher.data_ptr() % 16 == 0), device,
     ) if N else None  # fmt: skip
     if N and plan is None:  # no two strides walk these rows
@@ -129,8 +138,44 @@ def loss_forward(
         keys = new(scratch.keys, dtype=torch.int64)
         dense = new(scratch.dense, dtype=work) if k else loss
         indices = teacher_indices if k else keys
-        launch((*pointers, indices, keys, dense), (*numbers, C, k, int(config.uniform_tail), scratch.capacity))
+        launch((*pointers, indices, keys, dense), (*numbers, C, k, int(config.tail == UNIFORM), scratch.capacity))
     return results
+
+
+def _bucket_loss(
+    student: Tensor, teacher: Tensor, indices: Tensor, target: Tensor, temperature: Tensor | None, config: Any,
+    grad_output: Tensor | None, grad_student: bool, grad_temperature: bool, inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """:func:`loss_forward` of a teacher with the bucket: the rows one by one, their sum by torch."""
+    C, N, k, parts, new = student.shape[-1], target.numel(), indices.shape[-1], config.parts, student.new_empty
+    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    logits = student.contiguous()
+    gradient = logits if inplace else torch.empty_like(logits) if grad_student else student.new_empty(0)
+    loss = new(target.shape, dtype=work)
+    kd, ce = (new(target.shape if parts else 0, dtype=work) for _ in range(2))
+    rank = new(target.shape if parts else 0, dtype=torch.int32)
+    by_temperature = new(N if grad_temperature else 0, dtype=work)
+    if N:
+        launch, programs = choices.bucket(N, C, k, (student.dtype, teacher.dtype, indices.dtype), student.device)
+        marks = torch.zeros(programs * C, dtype=torch.int8, device=student.device)
+        launch(
+            (
+                logits, teacher.contiguous(), indices.contiguous(), target.contiguous(),
+                loss if temperature is None else temperature.contiguous(),
+                loss if grad_output is None else grad_output.contiguous(), gradient if grad_student else logits,
+                by_temperature, loss, kd, ce, rank, marks,
+            ),
+            (
+                N, C, k, _row_stride(temperature), _row_stride(grad_output), config.ignore_index, int(parts),
+                int(grad_student), int(grad_temperature), int(config.correction != 0), config.temperature,
+                config.kd_weight, config.ce_weight,
+            ),
+        )  # fmt: skip
+    if config.reduction:
+        loss, kd, ce = (x.sum() if x is loss or parts else x for x in (loss, kd, ce))
+    if grad_student and not inplace and not student.is_contiguous():
+        gradient = torch.empty_like(student).copy_(gradient)
+    return loss, kd, ce, rank, gradient, by_temperature
 
 
 @_on_device_of_first

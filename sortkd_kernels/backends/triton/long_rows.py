@@ -50,21 +50,30 @@ SEARCHED = tl.constexpr(256)
 
 
 @triton.jit
-def densify(values, indices, k_classes, row, C, live, uniform, WORK: tl.constexpr, B: tl.constexpr):
+def densify(values, indices, label, k_classes, row, C, live, uniform, WORK: tl.constexpr, B: tl.constexpr):
     """Write a top-k teacher's row out: ``row[:C]`` is the tail but for the k values at their classes.
 
     The tail is -inf, or where it is uniform and the values log-probabilities an equal share of what they leave of 1.
     On the full row the correction needs no special case for a label outside the k classes, or below their tail.
+    Of several entries of the label the first one counts.
     """
     tail = tl.full([], -INFINITY, WORK)
     listed = tl.minimum(live, k_classes)
+    first = k_classes
+    for start in range(0, listed, B):
+        k = start + tl.arange(0, B)
+        is_label = tl.load(indices + k, mask=k < listed, other=-1) == label
+        first = tl.minimum(first, tl.min(tl.where(is_label, k, k_classes), 0))
     if uniform != 0:
         mass = tl.zeros([B], WORK)
+        present = tl.zeros([B], tl.int32)
         for start in range(0, listed, B):
             k = start + tl.arange(0, B)
-            mass += tl.exp(tl.load(values + k, mask=k < listed, other=-INFINITY).to(WORK))
+            counted = (k < listed) & ((k <= first) | (tl.load(indices + k, mask=k < listed, other=0) != label))
+            mass += tl.exp(tl.load(values + k, mask=counted, other=-INFINITY).to(WORK))
+            present += counted.to(tl.int32)
         # Rounding may carry the mass past 1. With k = C nobody takes the tail.
-        tail = tl.log(tl.maximum(1.0 - tl.sum(mass, 0), 0.0) / tl.maximum(C - k_classes, 1).to(WORK))
+        tail = tl.log(tl.maximum(1.0 - tl.sum(mass, 0), 0.0) / tl.maximum(C - tl.sum(present, 0), 1).to(WORK))
     for start in range(0, live, B):
         classes = start + tl.arange(0, B)
         tl.store(row + classes, tl.zeros([B], WORK) + tail, mask=classes < live)
@@ -76,7 +85,7 @@ def densify(values, indices, k_classes, row, C, live, uniform, WORK: tl.constexp
         index = tl.load(indices + k, mask=inside, other=0)
         known = (index >= 0) & (index < C)
         tl.device_assert(known | (inside == 0), "sortkd_kernels: a teacher index is outside [0, C)")
-        tl.store(row + index, value, mask=inside & known)
+        tl.store(row + index, value, mask=inside & known & ((k <= first) | (index != label)))
     tl.debug_barrier()
 
 
@@ -163,7 +172,9 @@ def sort_kd_long_rows(
             if TOP_K:
                 top = place.to(tl.int64) * k_classes
                 t_row = dense + program.to(tl.int64) * C
-                densify(teacher + top, teacher_indices + top, k_classes, t_row, C, live, uniform, WORK, L)
+                densify(
+                    teacher + top, teacher_indices + top, label, k_classes, t_row, C, live, uniform, WORK, L
+                )  # fmt: skip
             else:
                 t_row = teacher + row_start(place, INNER, t_outer, t_inner, LAYOUT, ALIGN)
             s_step = class_step(s_class, LAYOUT)
