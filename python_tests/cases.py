@@ -253,7 +253,7 @@ def run(rows: Rows, variant: Variant, backend: str | None, wrap=lambda function:
     out = wrap(call)(student, rows.teacher, rows.target, temperature)
     out.loss.backward(upstream_of(out.loss))
     truncates = backend == "triton" and student.dtype == BF16
-    return Result(*(t.detach() for t in out), student.grad, gradient_of(temperature), truncates)
+    return Result(*(t.detach() for t in out[:4]), student.grad, gradient_of(temperature), truncates)
 
 
 def truth(rows: Rows, variant: Variant, dtype: torch.dtype = F64) -> Result:

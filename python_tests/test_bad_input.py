@@ -71,7 +71,7 @@ WRONG_TENSORS = [
     (TOP_K, "teacher_values", torch.randn(N, 0), ValueError, VALUES, "(4, 0)"),
     (TOP_K, "teacher_values", torch.randn(5, K), ValueError, VALUES, "(5, 3)"),
     (TOP_K, "teacher_indices", [[1]], TypeError, TENSOR, "list"),
-    (TOP_K, "teacher_indices", zeros(N, K, dtype=torch.int32), TypeError, "of dtype int64", "int32"),
+    (TOP_K, "teacher_indices", zeros(N, K, dtype=torch.int16), TypeError, "of dtype int64 or int32", "int16"),
     (TOP_K, "teacher_indices", zeros(N, 2), ValueError, "of shape (4, 3) to match teacher_values", "(4, 2)"),
     (TOP_K, "teacher_indices", zeros(N, K, device=META), ValueError, "on cpu like student", "meta"),
 ]
@@ -132,7 +132,7 @@ WRONG_OPTIONS = [
     (FULL, "class_dim", 2, ValueError, DIMENSION, "2"),
     (FULL, "class_dim", -3, ValueError, DIMENSION, "-3"),
     (FULL, "class_dim", 1.0, ValueError, DIMENSION, "1.0"),
-    (TOP_K, "tail", "zero", ValueError, "to be one of 'renormalize', 'uniform'", "'zero'"),
+    (TOP_K, "tail", "zero", ValueError, "to be one of 'renormalize', 'uniform', 'bucket'", "'zero'"),
 ]
 
 

@@ -34,13 +34,18 @@ def calls(teacher, target, backend):
         "dkd": lambda s, **o: fused_sort_dkd(s, teacher, target, backend=backend, **o),
         "lskd": lambda s, **o: fused_sort_kd(s, teacher, target, standardize=True, backend=backend, **o),
         "top-k": lambda s, **o: fused_sort_kd_topk(s, values, indices, target, backend=backend, **o),
+        "bucket": lambda s, **o: fused_sort_kd_topk(
+            s, values.log_softmax(-1) - 0.3, indices, target, tail="bucket", ce_weight=0.2, backend=backend, **o
+        ),
     }
 
 
 # Where the backend is slow, each method in float16, whose gradient is made in the backward pass, and KD in every dtype.
 METHODS = [
     (backend, dtype, method)
-    for backend, dtype, method in product(cases.BACKENDS, (F32, F64, BF16, F16), ("kd", "dkd", "lskd", "top-k"))
+    for backend, dtype, method in product(
+        cases.BACKENDS, (F32, F64, BF16, F16), ("kd", "dkd", "lskd", "top-k", "bucket")
+    )
     if backend in cases.KERNELS or (backend in cases.LOGITS_LIMIT and (dtype == F16 or method == "kd"))
 ]
 

@@ -110,6 +110,25 @@ def test_none_without_a_gradient(backend, dtype):
 
 @DTYPES
 @EVERY_BACKEND
+def test_the_bucket(backend, dtype):
+    """One gradient buffer as well, or none in place: what else is made has k values a row, of 64 bytes at the most."""
+    student, teacher, target = make(backend, dtype)
+    values, indices = teacher[:, :64].topk(4)
+    room = of_rows(backend) + 64 * values.numel()
+
+    def step(inplace):
+        logits = student + 0
+        loss = fused_sort_kd_topk(
+            logits, values, indices, target, tail="bucket", ce_weight=0.1, inplace=inplace, backend=backend
+        )
+        return torch.autograd.grad(loss, logits)
+
+    assert 2 * student.nbytes <= Peak(lambda: step(False)).bytes <= 2 * student.nbytes + room
+    assert Peak(lambda: step(True)).bytes <= student.nbytes + room
+
+
+@DTYPES
+@EVERY_BACKEND
 def test_none_in_place(backend, dtype):
     """The gradient of logits that nobody reads again needs no memory of its own."""
     leaf, teacher, target = make(backend, dtype)
