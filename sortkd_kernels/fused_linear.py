@@ -126,7 +126,7 @@ def fused_linear_sort_kd(
         learned = temperature if isinstance(temperature, Tensor) else None
         if learned is not None:
             checks.check_temperature_tensor(_FN, learned, like, target)
-        checks.check_choice(_FN, "tail", tail, checks.TAILS)
+        checks.check_choice(_FN, "tail", tail, checks.TAILS[:-1])  # the bucket's rows are not made here
         config = _options(_FN, temperature, correction, kd_weight, alpha, beta, ce_weight, standardize,
                           tail == "uniform", reduction, ignore_index, return_parts)  # fmt: skip
         logit_scale = None if logit_scale is None else checks.as_float(_FN, "logit_scale", logit_scale)
