@@ -119,7 +119,7 @@ def truth(served: Served, variant: Variant) -> cases.Result:
 def run(served: Served, variant: Variant, backend, wrap=lambda f: f) -> cases.Result:
     def call(student, values, target, temperature):
         return fused_sort_kd_topk(
-            student, values, served.indices, target, tail="bucket", temperature=temperature, backend=backend,
+            student, values, served.indices.to(student.device), target, tail="bucket", temperature=temperature, backend=backend,
             return_parts=True, **variant.options,
         )  # fmt: skip
 

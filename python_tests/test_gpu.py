@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_bucket
 import test_layouts
 import test_pinned_rules
 import test_topk
@@ -105,6 +106,13 @@ def test_strides(backend, memory):
 def test_top_k(backend, tail, variant):
     for N, C, k in ((24, 12, 1), (24, 12, 7), (24, 12, 12), (24, 3001, 64), (6, 32000, 100)):
         test_topk.check(backend, variant, tail, N, C, k)
+
+
+@pytest.mark.parametrize("variant", test_bucket.VARIANTS, ids=str)
+@EVERY_BACKEND
+def test_bucket_tail(backend, variant):
+    for N, C, k in ((12, 12, 1), (12, 12, 7), (12, 12, 12), (12, 3001, 64), (6, 32000, 100)):
+        test_bucket.check(backend, variant, N, C, k)
 
 
 @pytest.mark.parametrize("variant", test_pinned_rules.VARIANTS, ids=str)

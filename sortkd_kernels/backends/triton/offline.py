@@ -25,7 +25,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-          torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
+          torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -67,7 +67,7 @@ def record(call: Callable[[], Any]) -> list[Recorded]:
     """The launches of a call of the backend on CPU tensors, in order."""
     found: list[Recorded] = []
     saved = choices.Launch.__call__, choices._processors
-    caches = choices.plan, choices.logits_plan, choices.scale
+    caches = choices.plan, choices.logits_plan, choices.scale, choices.bucket
     try:
         choices.Launch.__call__ = lambda self, pointers, numbers: found.append(Recorded(self, pointers, numbers))
         choices._processors = lambda _device: 132
