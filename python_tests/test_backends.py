@@ -215,7 +215,7 @@ def test_public_signatures():
         }
 
     common = dict(correction="sort", ce_weight=0.0, kd_weight=1.0, reduction="mean", denominator=None, row_weight=None, ignore_index=-100, backend=None, return_parts=False)  # fmt: skip
-    dense = common | dict(temperature=4.0, standardize=False, class_dim=-1, inplace=False)
+    dense = common | dict(temperature=4.0, standardize=False, class_dim=-1, inplace=False, process_group=None)
     assert defaults(sortkd_kernels.fused_sort_kd) == dense
     assert defaults(sortkd_kernels.fused_sort_dkd) == dense | dict(alpha=1.0, beta=8.0)
     assert defaults(sortkd_kernels.fused_sort_kd_topk) == common | dict(

@@ -23,7 +23,7 @@ CLAIMS = {
     "lightning_module": ("lightning", r", \d+ tensors of the student saved"),
     "mdistiller_distillers": ("torch", ""),
     "timm_distillation": ("timm", ""),
-    "topk_teacher": ("torch", r", [\d.]+% of the bytes, [1-9][\d.]*% of labels outside"),
+    "topk_teacher": ("numpy", r", a file of 1/[\d.]+ of the logits, [1-9][\d.]*% of labels outside the 64"),
     "vocab_parallel": ("torch", r", 2 ranks of \[101, 100\] classes"),
 }
 # What starts an example that is more than one process.

@@ -129,7 +129,7 @@ def test_a_wider_gradient_of_the_weight_adds_up_without_rounding():
 
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
-@pytest.mark.parametrize("served", ("logits", "renormalize", "uniform"))
+@pytest.mark.parametrize("served", ("logits", "renormalize", "uniform", "bucket"))
 @EVERY_BACKEND
 def test_a_teacher_as_it_is_served(backend, served, chunk_rows):
     """Whole logits, or a top k, as the functions on logits take them; `softcap` is not for these."""
@@ -426,6 +426,8 @@ def refused(words, error=ValueError, **changes):
         refused('expected chunk_rows to be "auto" or a positive number of rows, got \'all\'', chunk_rows="all"),
         refused("expected denominator to be positive, got 0", reduction="sum", denominator=0),
         refused("expected tail to be one of", tail="heavy"),
+        refused("expected neither beta nor standardize", tail="bucket", beta=2.0, teacher_hidden=None, teacher_weight=None,
+                teacher_values=torch.zeros(12, 2), teacher_indices=torch.zeros(12, 2, dtype=torch.int64)),
         refused("expected hidden to be a torch.Tensor, got list", TypeError, hidden=[1.0]),
     ),
 )  # fmt: skip

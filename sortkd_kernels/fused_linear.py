@@ -126,9 +126,13 @@ def fused_linear_sort_kd(
         learned = temperature if isinstance(temperature, Tensor) else None
         if learned is not None:
             checks.check_temperature_tensor(_FN, learned, like, target)
-        checks.check_choice(_FN, "tail", tail, checks.TAILS[:-1])  # the bucket's rows are not made here
+        checks.check_choice(_FN, "tail", tail, checks.TAILS)
         config = _options(_FN, temperature, correction, kd_weight, alpha, beta, ce_weight, standardize,
-                          tail == "uniform", reduction, ignore_index, return_parts)  # fmt: skip
+                          checks.TAILS.index(tail), reduction, ignore_index, return_parts)  # fmt: skip
+        if teacher_values is None:
+            config = config._replace(tail=0)
+        elif config.tail == ops.BUCKET and (standardize or beta is not None):
+            raise ValueError(f'{_FN}: expected neither beta nor standardize with tail="bucket", whose loss is KD')
         logit_scale = None if logit_scale is None else checks.as_float(_FN, "logit_scale", logit_scale)
         softcap = None if softcap is None else checks.as_positive(_FN, "softcap", softcap)
         head, asked_rows = _Head(like.shape[-1], logit_scale, softcap), checks.as_chunk_rows(_FN, chunk_rows)
@@ -145,7 +149,7 @@ def fused_linear_sort_kd(
         if teacher_logits is not None:
             teacher_logits = teacher_logits[..., : head.classes]
         row_scale = of_rows = None
-        if denominator is not None or row_weight is not None:
+        if denominator is not None or row_weight is not None or config.tail == ops.BUCKET:
             row_scale, of_rows = _row_scale(_FN, like, like, target, config, denominator, row_weight)
     except (TypeError, ValueError):
         if over_ranks:
@@ -173,6 +177,13 @@ def fused_linear_sort_kd(
         rows(teacher_hidden, True), teacher_weight, teacher_bias, rows(values, True), rows(teacher_indices, True),
         rows(labels), rows(row_scale),
     )  # fmt: skip
+    above = None
+    if config.tail == ops.BUCKET:
+        work = ops.arithmetic(hidden, others.values)
+        of_k, above = ops.bucket_teacher(
+            name, others.values, others.indices, others.target, head.classes, config, work
+        )  # fmt: skip
+        others = others._replace(values=of_k)
     hidden, learned = rows(hidden, True), rows(learned)
     if over_ranks:
         kernels = vocab_parallel.kernels(process_group)
@@ -198,6 +209,8 @@ def fused_linear_sort_kd(
         return loss
     if of_blocks.reduction == 0:
         kd, ce = _at_rows(kd, kept, target), _at_rows(ce, kept, target)
+    if above is not None:
+        rank = above.masked_fill(others.target == config.ignore_index, 0)
     return SortKDOutput(loss, kd, ce, _at_rows(rank, kept, target))
 
 
@@ -276,8 +289,8 @@ class _Others(NamedTuple):
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
-    values: Any  # whole logits, or those of the top k
-    indices: Tensor | None
+    values: Any  # whole logits; or of the top k, k of them, or with the bucket as `ops.bucket_teacher` makes them
+    indices: Any
     target: Tensor
     row_scale: Tensor | None
 
