@@ -231,7 +231,7 @@ class Result(NamedTuple):
     truncates: bool = False  # Triton's interpreter cuts off what the hardware rounds to bfloat16, and 0 is 2^-126
 
 
-def upstream_of(loss: Tensor) -> Tensor:
+def grad_output_of(loss: Tensor) -> Tensor:
     """What the loss is multiplied by: 1 for a scalar, different values for rows."""
     return torch.ones_like(loss) if loss.dim() == 0 else torch.linspace(0.5, 2, loss.numel()).to(loss).view_as(loss)
 
@@ -251,7 +251,7 @@ def run(rows: Rows, variant: Variant, backend: str | None, wrap=lambda function:
         )
 
     out = wrap(call)(student, rows.teacher, rows.target, temperature)
-    out.loss.backward(upstream_of(out.loss))
+    out.loss.backward(grad_output_of(out.loss))
     truncates = backend == "triton" and student.dtype == BF16
     return Result(*(t.detach() for t in out[:4]), student.grad, gradient_of(temperature), truncates)
 
@@ -275,5 +275,5 @@ def truth(rows: Rows, variant: Variant, dtype: torch.dtype = F64) -> Result:
     count = (rows.target != IGNORE).sum() if "mean" in reduction else 1
     kd, ce = (x if reduction == "none" else x.sum() / count for x in (kd_rows, ce_rows))
     loss = variant.options.get("kd_weight", 1.0) * kd + variant.options.get("ce_weight", 0.0) * ce
-    loss.backward(upstream_of(loss))
+    loss.backward(grad_output_of(loss))
     return Result(*(t.detach() for t in (loss, kd, ce, rank)), student.grad, gradient_of(temperature))

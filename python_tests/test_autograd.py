@@ -1,4 +1,4 @@
-"""The gradient is made in the forward pass and rescaled in the backward one, for every upstream and order."""
+"""The gradient is made in the forward pass and rescaled in the backward one, for every gradient that reaches it, in any order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TWO_CHECKED = [v for v in GRADCHECKED if v.name in ("kd-row", "dkd-lskd-scalar")
     ids=str,
 )
 def test_gradcheck(backend, variant):
-    """Finite differences, with an upstream gradient for each row; the smallest shape that has every kind of row."""
+    """Finite differences, with a gradient of the loss for each row; the smallest shape that has every kind of row."""
     student, teacher, target = cases.make_rows(6, 5, (F64, F64))
     temperature = variant.make_temperature(6, F64)
     learned = (temperature,) if isinstance(temperature, torch.Tensor) else ()
@@ -68,12 +68,12 @@ def make(dtype=F32, reduction="mean", backend=None, **options):
     return student, fused_sort_kd(student, rows.teacher, rows.target, reduction=reduction, backend=backend, **options)
 
 
-def expected_gradient(dtype, upstream, **options):
+def expected_gradient(dtype, grad_output, **options):
     """In float64, through the reference, of the same rounded logits; then rounded to ``dtype``."""
     rows = cases.make_rows(12, 9, (dtype, dtype))
     student = rows.student.double().requires_grad_()
     loss = fused_sort_kd(student, rows.teacher.double(), rows.target, backend="reference", **options)
-    (grad,) = torch.autograd.grad(loss, student, upstream.double())
+    (grad,) = torch.autograd.grad(loss, student, grad_output.double())
     return grad
 
 
@@ -85,47 +85,47 @@ CLOSE[F16] = dict(rtol=2**-11 * 1.01, atol=2**-25)
 
 @pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
 @EVERY_BACKEND
-def test_upstream_scalar(backend, dtype):
+def test_grad_output_scalar(backend, dtype):
     for value in (1.0, 2.0, -0.37, 0.0, 1000.0):
         student, loss = make(dtype, "mean", backend)
-        upstream = torch.tensor(value, dtype=loss.dtype)
-        loss.backward(upstream)
+        grad_output = torch.tensor(value, dtype=loss.dtype)
+        loss.backward(grad_output)
         bounds = {**CLOSE[dtype], "atol": CLOSE[dtype]["atol"] * max(1, abs(value))}
-        torch.testing.assert_close(student.grad.double(), expected_gradient(dtype, upstream), **bounds)
+        torch.testing.assert_close(student.grad.double(), expected_gradient(dtype, grad_output), **bounds)
 
 
 @pytest.mark.parametrize("dtype", (F32, F64, BF16, F16), ids=str)
 @EVERY_BACKEND
-def test_upstream_per_row(backend, dtype):
+def test_grad_output_per_row(backend, dtype):
     """Different for each row, zero and negative among them, and handed over as an expanded tensor too."""
     student, loss = make(dtype, "none", backend)
-    upstream = torch.linspace(-2, 3, 12).round(decimals=1).to(loss.dtype)
-    (grad,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    grad_output = torch.linspace(-2, 3, 12).round(decimals=1).to(loss.dtype)
+    (grad,) = torch.autograd.grad(loss, student, grad_output, retain_graph=True)
     bounds = {**CLOSE[dtype], "atol": 40 * CLOSE[dtype]["atol"]}
-    torch.testing.assert_close(grad.double(), expected_gradient(dtype, upstream, reduction="none"), **bounds)
+    torch.testing.assert_close(grad.double(), expected_gradient(dtype, grad_output, reduction="none"), **bounds)
     expanded = torch.tensor(1.7, dtype=loss.dtype).expand(12)
     (grad,) = torch.autograd.grad(loss, student, expanded)
     torch.testing.assert_close(grad.double(), expected_gradient(dtype, expanded, reduction="none"), **bounds)
 
 
-@pytest.mark.parametrize(("upstream", "spoil"), ((1.0, True), (3.0, False), (3.0, True)))
+@pytest.mark.parametrize(("grad_output", "spoil"), ((1.0, True), (3.0, False), (3.0, True)))
 @pytest.mark.parametrize(("dtype", "reduction"), ((F32, "mean"), (F32, "none"), (F16, "mean"), (BF16, "none")), ids=str)
 @EVERY_BACKEND
-def test_two_backward_calls(backend, dtype, reduction, upstream, spoil):
+def test_two_backward_calls(backend, dtype, reduction, grad_output, spoil):
     """The second equals the first, also where the user wrote over the first in between."""
     student, loss = make(dtype, reduction, backend)
-    upstream = torch.full_like(loss, upstream)
-    (first,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    grad_output = torch.full_like(loss, grad_output)
+    (first,) = torch.autograd.grad(loss, student, grad_output, retain_graph=True)
     kept = first.clone()
     if spoil:
         first.fill_(7)
-    (second,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, student, grad_output, retain_graph=True)
     assert torch.equal(second, kept)
     second.zero_()
-    (last,) = torch.autograd.grad(loss, student, upstream)
+    (last,) = torch.autograd.grad(loss, student, grad_output)
     assert torch.equal(last, kept)
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, student, upstream)
+        torch.autograd.grad(loss, student, grad_output)
 
 
 @pytest.mark.parametrize("dtype", (F32, F16), ids=str)

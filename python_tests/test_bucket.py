@@ -109,7 +109,7 @@ def truth(served: Served, variant: Variant) -> cases.Result:
     if reduction != "none":
         kd, ce = (x.sum() / (count if reduction == "mean" else 1) for x in (kd, ce))
     loss = variant.options.get("kd_weight", 1.0) * kd + variant.options.get("ce_weight", 0.0) * ce
-    loss.backward(cases.upstream_of(loss))
+    loss.backward(cases.grad_output_of(loss))
     of_T = cases.gradient_of(temperature)
     return cases.Result(
         *(x.detach() for x in (loss, kd, ce)), torch.tensor(rank, dtype=torch.int32), student.grad, of_T

@@ -57,7 +57,7 @@ class Inputs:
         loss = fused_linear_sort_kd(
             self.hidden, self.weight, self.target, bias=self.bias, **(self.teacher | options)
         )  # fmt: skip
-        return loss, torch.autograd.grad((loss * cases.upstream_of(loss)).sum(), self.learning)
+        return loss, torch.autograd.grad((loss * cases.grad_output_of(loss)).sum(), self.learning)
 
     def truth(self, **options):
         """The same of whole logits in float64, by :mod:`reference` and PyTorch's autograd."""
@@ -77,7 +77,7 @@ class Inputs:
             loss = loss.sum() / options.get("denominator", 1.0)
         if options.get("reduction", "mean") == "mean":
             loss = loss / (self.target != IGNORE).sum()
-        return loss, torch.autograd.grad((loss * cases.upstream_of(loss)).sum(), learning)
+        return loss, torch.autograd.grad((loss * cases.grad_output_of(loss)).sum(), learning)
 
 
 def assert_close(got, want, dtype=F64):
@@ -210,7 +210,7 @@ def test_a_learned_temperature(backend, shape, reduction):
     ):  # fmt: skip
         temperature = torch.linspace(2, 3, 12, dtype=F64)[: shape[0] if shape else 1].reshape(shape).requires_grad_()
         loss = call(temperature)
-        grads.append(torch.autograd.grad((loss * cases.upstream_of(loss)).sum(), (temperature, inputs.hidden)))
+        grads.append(torch.autograd.grad((loss * cases.grad_output_of(loss)).sum(), (temperature, inputs.hidden)))
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)  # float64, other orders of its sums
 
 

@@ -71,8 +71,8 @@ def test_row_weights(backend, method, reduction):
     for mine, other in zip(got[:3], by_hand, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     assert torch.equal(got.rank, rows.rank)
-    upstream = torch.linspace(1, 2, got.loss.numel()).view_as(got.loss)
-    mine, other = (torch.autograd.grad((x * upstream).sum(), inputs) for x in (got.loss, by_hand[0]))
+    grad_output = torch.linspace(1, 2, got.loss.numel()).view_as(got.loss)
+    mine, other = (torch.autograd.grad((x * grad_output).sum(), inputs) for x in (got.loss, by_hand[0]))
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 

@@ -190,7 +190,7 @@ def test_ignored_rows_are_not_there(variant):
     others = rows._replace(student=torch.where(kept[:, None], rows.student, rows.student.flip(-1) * 5))
     for one, other in zip(every[:5], cases.truth(others, variant)[:5], strict=True):
         assert torch.equal(one, other)
-    # With fewer rows, temperatures and upstream gradients of a row would be others.
+    # With fewer rows, temperatures and the loss gradient of a row would be others.
     if "row" not in str(variant.temperature) and variant.options.get("reduction") != "none":
         some = cases.truth(cases.Rows(*(x[kept] for x in rows)), variant)
         torch.testing.assert_close(some.loss, every.loss, **EXACT)

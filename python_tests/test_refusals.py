@@ -39,14 +39,14 @@ def test_second_derivatives(backend, dtype):
     student, teacher, target = cases.make_rows(12, 9, (dtype, dtype))
     student.requires_grad_()
     temperature = torch.tensor(3.0, requires_grad=True)
-    for upstream_grad in (False, True):
+    for with_graph in (False, True):
         loss = fused_sort_kd(student, teacher, target, temperature=temperature, backend=backend)
-        upstream = torch.tensor(1.5, requires_grad=upstream_grad)
+        grad_output = torch.tensor(1.5, requires_grad=with_graph)
         if backend == "triton":  # its autograd is Python's: it refuses where the graph of the gradient would begin
             with pytest.raises(RuntimeError, match=SECOND):
-                torch.autograd.grad(loss, (student, temperature), upstream, create_graph=True)
+                torch.autograd.grad(loss, (student, temperature), grad_output, create_graph=True)
             continue
-        grads = torch.autograd.grad(loss, (student, temperature), upstream, create_graph=True)
+        grads = torch.autograd.grad(loss, (student, temperature), grad_output, create_graph=True)
         for grad in grads:
             assert grad.requires_grad
             with pytest.raises(RuntimeError, match=SECOND):

@@ -104,11 +104,11 @@ def test_float64(path, correction):
 @pytest.mark.parametrize("counted", [4096, 0], ids=["labels", "counts"])
 @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN])
 def test_reductions(reduction, counted, patched):
-    """With ignored rows, an upstream gradient, rows counted in the launch and before, row sums in two stages."""
+    """With ignored rows, a gradient of the loss, rows counted in the launch and before, row sums in two stages."""
     patched(GROUP_BITS=2, COUNTED_ROWS=counted)
     inputs = make(19, 10, "random")
     inputs[2][::4] = -100
-    keywords = {"reduction": reduction, "grad_loss": torch.rand(19) + 0.5 if reduction == NONE else torch.tensor(3.0)}
+    keywords = {"reduction": reduction, "grad_output": torch.rand(19) + 0.5 if reduction == NONE else torch.tensor(3.0)}
     got, plain = run(*inputs, **keywords), expected(*inputs, **keywords, dtype=torch.float32)
     check(got, expected(*inputs, **keywords), plain)
     without = run(*inputs, **keywords, with_grad=False)
@@ -326,6 +326,6 @@ class NoHostRead(TorchDispatchMode):
 def test_no_host_synchronisation():
     student, teacher, target = make(3, 20, "random")
     with NoHostRead():
-        got = run(student, teacher, target, temperature=torch.tensor(2.0), grad_loss=torch.tensor(2.0))
+        got = run(student, teacher, target, temperature=torch.tensor(2.0), grad_output=torch.tensor(2.0))
         backend.scale_gradient(got[4], got[0])
         backend.sort_logits(teacher, target, 1, -100)

@@ -32,9 +32,9 @@ from cases import (
     Variant,
     arithmetic,
     dtype_id,
+    grad_output_of,
     gradient_of,
     make_rows,
-    upstream_of,
 )
 from test_memory import Peak
 from tolerance import assert_matches, expect
@@ -122,7 +122,7 @@ def run(call: Call, rank: int) -> Result:
         student, teacher, rows.target, temperature=temperature, return_parts=True, process_group=dist.group.WORLD,
         **variant.options,
     )  # fmt: skip
-    out.loss.backward(upstream_of(out.loss))
+    out.loss.backward(grad_output_of(out.loss))
     return Result(*(t.detach() for t in out), student.grad, gradient_of(temperature))
 
 
@@ -165,7 +165,7 @@ def weigh(function, student, teacher, target, options):
     student = student.clone().requires_grad_()
     temperature = torch.tensor(3.0, dtype=arithmetic(student.dtype), requires_grad=True)
     out = function(student, teacher, target, temperature=temperature, return_parts=True, **options)
-    out.loss.backward(upstream_of(out.loss))
+    out.loss.backward(grad_output_of(out.loss))
     return Result(*(t.detach() for t in out), student.grad, temperature.grad)
 
 

@@ -23,9 +23,9 @@ from cases import (
     Shape,
     Variant,
     arithmetic,
+    grad_output_of,
     make_rows,
     truth,
-    upstream_of,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -87,9 +87,9 @@ def yardstick(rows: Rows, variant: Variant) -> Yardstick:
     kd_weight, ce_weight = options.get("kd_weight", 1.0), options.get("ce_weight", 0.0)
     reduction = options.get("reduction", "mean")
     count = counts.sum() if "mean" in reduction else 1
-    upstream = (upstream_of(kd) if reduction == "none" else torch.ones_like(kd)) * counts / count
-    grad = (kd_weight * grad + ce_weight * grad_ce) * upstream.unsqueeze(-1)
-    grad_temperature = kd_weight * grad_temperature * upstream
+    grad_output = (grad_output_of(kd) if reduction == "none" else torch.ones_like(kd)) * counts / count
+    grad = (kd_weight * grad + ce_weight * grad_ce) * grad_output.unsqueeze(-1)
+    grad_temperature = kd_weight * grad_temperature * grad_output
     kd, ce = (x * counts if reduction == "none" else (x * counts).sum() / count for x in (kd, ce))
     if "scalar" in str(variant.temperature):
         grad_temperature = grad_temperature.sum()
@@ -116,7 +116,7 @@ def expected(shape: Shape, variant: str, dtypes: tuple[torch.dtype, torch.dtype]
 def errors_in_roundings(got: Result, want: Expected) -> dict[str, Tensor]:
     """The error of each number in unit roundoffs of its yardstick, beyond the one rounding to the student's dtype.
 
-    The gradient is rounded in the forward pass and once more by an upstream gradient that differs from 1; float16 has
+    The gradient is rounded in the forward pass and once more by a gradient of the loss that differs from 1; float16 has
     no range for that and is made in the backward pass, rounded once.
     """
     work = arithmetic(want.rows.student.dtype, want.rows.teacher.dtype)
@@ -132,7 +132,7 @@ def errors_in_roundings(got: Result, want: Expected) -> dict[str, Tensor]:
             dtype = torch.finfo(value.dtype)
             times = 2 if value.dtype != F16 and want.variant.options.get("reduction") == "none" else 1
             if got.truncates:
-                error = error - 4 * dtype.smallest_normal  # an upstream gradient multiplies the false zero too
+                error = error - 4 * dtype.smallest_normal  # the gradient of the loss multiplies the false zero too
                 times *= 2
             error = (error - times * dtype.eps / 2 * (true.abs() + dtype.smallest_normal)).clamp_min(0)
         # NaN against NaN (a mean over nothing) agrees; NaN against a number does not.

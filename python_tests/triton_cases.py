@@ -28,7 +28,7 @@ def make(N, C, rank, dtype=torch.float32, seed=0):
 
 
 def expected(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
-             grad_loss=None, dtype=torch.float64):  # fmt: skip
+             grad_output=None, dtype=torch.float64):  # fmt: skip
     """Loss, parts, rank and gradients by autograd through the reference."""
     student = student.to(dtype).detach().requires_grad_()
     temperature = torch.as_tensor(temperature, dtype=dtype).detach().requires_grad_()
@@ -39,12 +39,12 @@ def expected(student, teacher, target, *, temperature=4.0, correction="sort", me
     count = (target != -100).sum() if reduction == MEAN else 1
     parts = [x.reshape(target.shape) if reduction == NONE else x.sum() / count for x in (kd, ce)]
     loss = WEIGHTS[0] * parts[0] + WEIGHTS[3] * parts[1]
-    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss.to(dtype))
+    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output.to(dtype))
     return loss.detach(), parts[0].detach(), parts[1].detach(), rank, student.grad, temperature.grad
 
 
 def run(student, teacher, target, *, temperature=4.0, correction="sort", method=METHODS[0], reduction=MEAN,
-        grad_loss=None, indices=None, uniform=False, with_grad=True, inplace=False):  # fmt: skip
+        grad_output=None, indices=None, uniform=False, with_grad=True, inplace=False):  # fmt: skip
     """The backend's loss."""
     learned = isinstance(temperature, torch.Tensor)
     kd_weight, alpha, beta, ce_weight = WEIGHTS
@@ -53,7 +53,7 @@ def run(student, teacher, target, *, temperature=4.0, correction="sort", method=
         ce_weight, method[1], uniform, reduction, -100, True,
     )  # fmt: skip
     return backend.loss_forward(
-        student, teacher, indices, target, temperature if learned else None, config, grad_loss, with_grad,
+        student, teacher, indices, target, temperature if learned else None, config, grad_output, with_grad,
         learned and with_grad, inplace,
     )  # fmt: skip
 

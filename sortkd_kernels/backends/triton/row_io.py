@@ -19,7 +19,7 @@ TWO_STRIDES = tl.constexpr(1)
 NEIGHBOURS = tl.constexpr(2)
 ANY = tl.constexpr(3)
 
-# What multiplies a row's gradient besides the upstream gradient: nothing, or 1/n with n counted in the program, or
+# What multiplies a row's gradient besides `grad_output`: nothing, or 1/n with n counted in the program, or
 # summed up from what `sort_kd_count` has counted.
 COUNT_LABELS = tl.constexpr(1)
 SUM_COUNTS = tl.constexpr(2)
@@ -102,7 +102,7 @@ def sort_kd_count(target, counts, N: tl.int32, ignore_index: tl.int64, BLOCK: tl
 
 @triton.jit
 def read_factor(grad_output, stride, rows, counts, n, WORK: tl.constexpr):
-    """What multiplies a row's gradient: the upstream gradient, for stride 0 or 1, over the rows that count."""
+    """What multiplies a row's gradient: `grad_output`, for stride 0 or 1, over the rows that count."""
     factor = tl.full(rows.shape, 1.0, WORK)
     if stride >= 0:
         factor = tl.load(grad_output + rows * stride, mask=counts, other=0).to(WORK)
