@@ -59,16 +59,20 @@ def run(student, teacher, target, *, temperature=4.0, correction="sort", method=
 
 
 def check(got, truth, plain):
-    """float32 results against the truth in float64, judged by what the same formula in plain float32 PyTorch errs.
-
-    Twice that error plus 8 units in the last place of the largest value: both are rounding noise, of other sums.
-    """
+    """float32 results against the truth in float64; ``plain``: the same formula in float32 PyTorch."""
     assert torch.equal(got[3], truth[3])
     names = ("loss", "kd", "ce", "rank", "grad_student", "grad_temperature")
     for name, g, t, p in zip(names, got, truth, plain, strict=True):
-        if name == "rank" or not g.numel():
-            continue
-        assert g.shape == t.shape, name
-        largest = t.abs().max() if t.numel() else 0
-        error, slack = (g.double() - t).abs().max(), (p.double() - t).abs().max()
-        assert error <= 2 * slack + 8 * 2**-24 * largest, (name, float(error), float(slack), float(largest))
+        if name != "rank" and g.numel():
+            assert g.shape == t.shape, name
+            near(g, t, p, name)
+
+
+def near(got, truth, plain, name=""):
+    """Judged by what ``plain`` errs: twice that plus 8 units in the last place of the largest value.
+
+    Both are rounding noise, of other sums.
+    """
+    error, slack = (got.double() - truth).abs().max(), (plain.double() - truth).abs().max()
+    largest = truth.abs().max()
+    assert error <= 2 * slack + 8 * 2**-24 * largest, (name, float(error), float(slack), float(largest))
