@@ -7,7 +7,8 @@
 A hot loop is an innermost loop that reads or writes logits in vectors. Its classes are those that a thread handles in
 one pass over its body. What a warp executes once is the way through the rest that meets most vectors and exponentials,
 and of those the shortest: that of a row whose teacher is right, with what part of the correction has an exponential
-outside of a loop, so that the count is never too low.
+outside of a loop, so that the count is never too low. Kernels that go from row to row say beside it what one more row
+takes, without the launch's own beginning and end and without the correction.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -123,9 +124,27 @@ class Kernel:
     def once(self) -> Piece:
         """What is executed outside of the hot loops."""
         skipped = {i for _, _, body in self._loops for i in body}
-        # The last instruction that ends the kernel for every thread, or for those that are left.
-        end = max(i for i in self._order[0] if self.code[i].opcode == "EXIT" and not self.code[i].conditional)
-        return Piece.of(self.code[i] for i in [*self._way(0, end), end] if i not in skipped)
+        # Of the instructions that end the kernel for every thread, or for those that are left, that of the busiest way.
+        ends = [i for i in self._order[0] if self.code[i].opcode == "EXIT" and not self.code[i].conditional]
+        ways = [[*self._way(0, end), end] for end in ends]
+        return Piece.of(self.code[i] for i in max(ways, key=self._work) if i not in skipped)
+
+    @cached_property
+    def row(self) -> Piece | None:
+        """What one more row of rank 0 executes, where a kernel goes from row to row: of the loop around the stores of
+        whole vectors, the shortest way that meets them all. Exponentials in loops without such accesses are not looked
+        for: those go over the classes above the label, a row's edges, and rows that leave the range of their sums.
+        """
+        stores = [i for i in self._order[0] if self.code[i].opcode.startswith("STG") and self.code[i].wide == 16]
+        around = [x for x in self._all_loops if all(i in x[2] for i in stores)]
+        if not stores or not around:
+            return None
+        inside = [x[2] for x in self._all_loops]
+        quiet = {i for body in inside if not any(self.code[i].wide == 16 for i in body) for i in body}
+        # What lies in shared memory is read again where a class is above the label.
+        quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
+        head, back, _ = min(around, key=lambda x: len(x[2]))
+        return Piece.of(self.code[i] for i in [*self._way(head, back, quiet), back])
 
     @cached_property
     def _next(self) -> list[list[int]]:
@@ -138,6 +157,9 @@ class Kernel:
                 # A branch of diverged lanes around a collective: a warp that holds whole rows does not diverge.
                 taken = [at[x.target]] if ".DIV" not in x.opcode and x.target in at else []
                 after = taken + (after if x.conditional else [])
+            elif name == "CALL" and x.conditional:
+                # On sm_80 a jump out of a loop has this form.
+                after = [*after, *([at[x.target]] if x.target in at else [])]
             elif name == "CALL" or (name in ("EXIT", "RET", "BRX", "JMX", "BPT") and not x.conditional):
                 after = []  # a failed assertion, or the end
             graph.append(after)
@@ -164,8 +186,8 @@ class Kernel:
         return order[::-1], back
 
     @cached_property
-    def _loops(self) -> list[tuple[int, int, set[int]]]:
-        """Head, branch back and body of each hot loop."""
+    def _all_loops(self) -> list[tuple[int, int, set[int]]]:
+        """Head, branch back and body of each loop."""
         before: dict[int, list[int]] = {}
         for i in self._order[0]:
             for j in self._next[i]:
@@ -179,6 +201,12 @@ class Kernel:
                     body.add(i)
                     todo += before.get(i, [])
             loops.append((head, back, body))
+        return loops
+
+    @cached_property
+    def _loops(self) -> list[tuple[int, int, set[int]]]:
+        """Those of the hot loops."""
+        loops = self._all_loops
         inner = [x for x in loops if not any(y[2] < x[2] for y in loops)]
         return [x for x in inner if self._is_hot([self.code[i] for i in self._way(x[0], x[1])])]
 
@@ -189,15 +217,20 @@ class Kernel:
         kinds = ("LDG", "LDS") if self.count("UBLKCP") + self.count("LDGSTS") else ("LDG",)
         return any(x.wide and (x.opcode.startswith("STG") or (on_logits and x.opcode.startswith(kinds))) for x in body)
 
-    def _way(self, start: int, end: int) -> list[int]:
-        """The busiest way from one instruction to another, without the last, and of those the shortest."""
+    def _work(self, way: Iterable[int]) -> int:
+        """What makes a way busy: the bytes of its vectors, and its exponentials."""
+        return sum(self.code[i].wide + self.code[i].opcode.startswith(_EXPONENTIAL) for i in way)
+
+    def _way(self, start: int, end: int, quiet: Container[int] = ()) -> list[int]:
+        """The busiest way from one instruction to another, without the last, and of those the shortest. What `quiet`
+        holds does not make a way busy."""
         order, back = self._order
         best: dict[int, tuple[int, int]] = {start: (0, 0)}
         before: dict[int, int] = {}
         for i in order:
             if i not in best or i == end:
                 continue
-            work = self.code[i].wide + self.code[i].opcode.startswith(_EXPONENTIAL)
+            work = 0 if i in quiet else self._work([i])
             reached = (best[i][0] - work, best[i][1] + 1)
             for j in self._next[i]:
                 if (j, i) not in back and (j not in best or reached < best[j]):
@@ -211,7 +244,7 @@ class Kernel:
 
 
 def _target(opcode: str, operands: str) -> int | None:
-    found = re.search(r"(0x[0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
+    found = re.search(r"(0x[0-9a-f]+)\s*$", operands.strip()) if opcode.startswith(("BRA", "CALL.REL")) else None
     return int(found[1], 16) if found else None
 
 
@@ -273,6 +306,7 @@ def main() -> None:
                     f"local memory, {len(k.code)} instructions, {k.count(_EXPONENTIAL)} exponentials; 16-byte accesses "
                     f"of global memory: {wide['LDG']} loads, {wide['STG']} stores\n"
                     f"  a class: {k.per_class(args.itemsize, args.held)}"
+                    + (f"; of one more row: {len(k.row.opcodes) / args.held:.1f}" if k.row and args.held else "")
                 )
                 for piece in k.hot_loops:
                     print(

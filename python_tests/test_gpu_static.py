@@ -35,8 +35,10 @@ class Limits(NamedTuple):
         itemsize: bytes of a logit.
         held: classes of a row of 1000 that a thread holds, 0 for a kernel that loops over the row.
         code: instructions of its code, which small batches fetch once.
-        instructions, exponentials: of a thread for each class.
+        instructions, exponentials: of a thread for each class, with all that a launch executes once and what part of
+            the correction has exponentials.
         vectors: the least 16-byte loads, and the stores at half as many.
+        row: instructions for each class of one more row of rank 0, for a kernel that goes from row to row.
     """
 
     kernel: str
@@ -47,13 +49,28 @@ class Limits(NamedTuple):
     instructions: float
     exponentials: float
     vectors: int
+    row: float = 0
 
 
+# KD (Mode 0), and KD with cross-entropy (1): a warp a row (Kind 0), and a block or a cluster a row (1), whose threads
+# hold 32 classes of rows of 32000. 128 registers leave 16 warps a processor; each has its next row on the way.
+HELD = "sort_kd_heldI{}LNS0_4KindE{}ELi{}ELi{}ELNS0_4ModeE{}"
+BF16, F16 = "NS0_8BFloat16E", "NS0_4HalfE"
 CUDA = (
-    Limits("sort_kd_tileINS0_6PeeledIfEELb0", 4, 1000 / 32, 128, 7000, 80, 4.5, 16),
-    Limits("sort_kd_tileINS0_6PeeledINS0_8BFloat16EELb0", 2, 1000 / 16, 128, 12000, 80, 4.5, 8),
-    Limits("sort_kd_streamINS0_6PeeledIfEELb0", 4, 0, 80, 5500, 80, 4.5, 4),
-    Limits("sort_kd_streamINS0_6PeeledINS0_8BFloat16EELb0", 2, 0, 80, 9000, 80, 4.5, 2),
+    Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2000, 36, 2.4, 16, 26),
+    Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 2300, 43.5, 2.4, 16, 33.2),
+    Limits(HELD.format("f", 1, 8, "n1", 0), 4, 32, 128, 2420, 39, 2.4, 16, 29),
+    Limits(HELD.format("f", 1, 8, "n1", 1), 4, 32, 128, 2760, 46.8, 2.4, 16, 35),
+    *(
+        limits
+        for dtype in (BF16, F16)
+        for limits in (
+            Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2060, 37.2, 2.4, 8, 26.8),
+            Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2440, 45.4, 2.4, 8, 34),
+            Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 2480, 40, 2.4, 8, 29.9),
+            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2840, 47.6, 2.4, 8, 35.5),
+        )
+    ),
 )
 # The classes of the row and its dtype, then as above.
 TRITON = (
@@ -67,6 +84,8 @@ TRITON = (
 def check(kernel, limits: Limits) -> None:
     found = {"registers": kernel.registers, "code": len(kernel.code)}
     found |= kernel.per_class(limits.itemsize, limits.held)
+    if limits.row:
+        found["row"] = len(kernel.row.opcodes) / limits.held
     over = {name: x for name, x in found.items() if getattr(limits, name) and x > getattr(limits, name)}
     assert not over, f"{kernel.name}: {over} beyond {limits}"
     # Fewer than one for each logit would mean that the way found is not that of a whole row.
@@ -92,6 +111,7 @@ def test_cuda_kernels(cuda_kernels, limits):
     assert found, f"no kernel is called {limits.kernel}"
     for kernel in found:
         check(kernel, limits)
+        assert kernel.count("LDGSTS") >= limits.vectors, "logits on their way to shared memory"
 
 
 # In this process Triton interprets, so that another one compiles; rows enough for the kernels of large batches.

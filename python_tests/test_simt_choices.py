@@ -25,9 +25,10 @@ pytestmark = [
 CHOICES = {
     "as chosen": {},
     "a GPU of 132 processors": {"multiprocessors": 132},  # few rows are spread over more lanes
-    "a warp a row": {"lanes": 32},
-    "a block a row": {"lanes": 64},
-    "a cluster a row": {"lanes": 128, "cluster": 2},
+    # So few blocks go from row to row, with the next one on its way.
+    "a warp a row": {"lanes": 32, "blocks": 1},
+    "a block a row": {"lanes": 64, "blocks": 1},
+    "a cluster a row": {"lanes": 128, "cluster": 2, "blocks": 2},
     "a block a row, ranks over 2 in a launch of their own": {"lanes": 64, "list_room": 2, "blocks": 2},
     "read twice": {"from_memory": 1, "threads": 64},
     "read twice, ranks over 4 in a launch of their own": {"from_memory": 1, "threads": 64, "list_room": 4, "blocks": 1},

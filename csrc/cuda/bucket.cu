@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
 
 namespace {
 
-Shape shape_of(const LossArgs& args) { return choose_mixed(args.layout.C, args.acc_double()); }
+Shape shape_of(const LossArgs& args) { return choose_mixed(args.layout.C); }
 int blocks_of(const LossArgs& args) {
   return choose_blocks(shape_of(args), args.layout.rows(), 2 * args.layout.C * bytes_of(args.student_dtype), device());
 }

@@ -27,8 +27,8 @@ constexpr int power_of_two_over(int64_t n) {
   return p;
 }
 
-// Classes that a thread holds at most: two exponentials each are 64 registers. A warp holds 1024 classes then, and all
-// of its loads are under way before the first is used: 16 KiB a warp, where 32 KiB a processor cover the memory's
+// Classes that a thread holds at most: two exponentials each are 64 registers, and 16 warps a processor are what 128
+// registers leave. Each has its next row on the way meanwhile, 4 to 8 KiB, where 32 KiB a processor cover the memory's
 // latency.
 constexpr int kValuesHeld = 32;
 
@@ -37,8 +37,13 @@ constexpr int kSmallBlock = 128;
 
 // Threads of a block that holds a row; beyond that a cluster of such blocks does. With 128 registers two such blocks
 // are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
-// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs.
+// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs: rows of more than
+// 131072 classes, on devices without clusters of more than 16384, are read twice, at four exponentials a class; rows of
+// floats of more than half as many, too, where a block has less than 170 KiB of shared memory.
 constexpr int kRowBlock = 256, kMostRowBlock = 512, kMostCluster = 8;
+
+// Threads of a block of the general kernels at most: they need up to 255 registers.
+constexpr int kGeneralBlock = 256;
 
 // Classes of a row of Kind::Columns: up to 8 warps a block, and 64 KiB for the lists of 32 rows.
 constexpr int kMostColumnClasses = 256;
@@ -57,16 +62,17 @@ constexpr int kGrantedShared = 48 << 10;
 constexpr int64_t kCountedByBlocks = 4096;
 constexpr int kRowsACounter = 8192, kMostCounters = 64;
 
-// Blocks of a grid, by the processor: several times what runs at once, so that the last ones end together, and few
+// Blocks of a grid, by the processor: of rows that are held as many warps as run at once, so that each goes from row to
+// row with the next one on its way; else several times what runs at once, so that the last ones end together, and few
 // enough that one block adds up their sums in a microsecond.
-constexpr int kBlocksAProcessor = 16;
+constexpr int kHeldWarps = 16, kBlocksAProcessor = 16;
 
 // Of the scaling kernel, which mostly looks at one number and ends: as many as run at once.
 constexpr int kScaleBlocks = 8;
 
 // What is asked of the runtime once a device.
 struct Device {
-  int processors, cache_bytes;
+  int processors, cache_bytes, shared_bytes;  // shared: of a block
   bool clusters;
 };
 
@@ -84,7 +90,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
   const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
   Shape shape{Kind::Block, 0, 1, 0, 1, 1};
   if (!overrides.from_memory) {
-    // A class costs a lane some 16 instructions, a row some 250 more in each of its lanes. With rows for every lane of
+    // A class costs a lane some 13 instructions, a row some 400 more in each of its lanes. With rows for every lane of
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
     for (int held : {1, 4, 8}) {
@@ -92,7 +98,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       int lanes = power_of_two_over(ceil_div(vectors, held));
       if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
       if (lanes > 32) continue;
-      const int64_t row_cost = held * width * 16 + 250;
+      const int64_t row_cost = held * width * 13 + 400;
       const int64_t waves = std::max<int64_t>(1, rows * lanes / (static_cast<int64_t>(device.processors) * 512));
       const int64_t cost = waves * row_cost;
       if (best < 0 || cost < best) {
@@ -108,25 +114,30 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }
-    if (threads <= kMostRowBlock) return {Kind::Block, most_held, 1, threads, cluster, 1};
+    // The next row's vectors of both sides, what reductions take, the list, and a little.
+    const int shared_bytes = threads * (32 * most_held + 4 * cluster + kMergingBytes) + kListRoom * 8 + 512;
+    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && shared_bytes <= device.shared_bytes)
+      return {Kind::Block, most_held, 1, threads, cluster, 1};
   }
   // Two vectors a thread while that fills whole warps.
-  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, 512);
+  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, kMostRowBlock);
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }
 
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
-inline Shape choose_mixed(int64_t C, bool doubles) {
-  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, doubles ? 256 : 512), 1, 1};
+inline Shape choose_mixed(int64_t C) {
+  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kGeneralBlock), 1, 1};
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }
 
 // Blocks (of a cluster: all of them) of a launch over so many rows.
 inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, const Device& device) {
-  int64_t most = static_cast<int64_t>(device.processors) * kBlocksAProcessor;
+  const bool held = shape.held > 0 && shape.kind != Kind::Columns;
+  int64_t most =
+      static_cast<int64_t>(device.processors) * (held ? std::max(kHeldWarps * 32 / shape.threads, 1) : kBlocksAProcessor);
   // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
   if (shape.held == 0)
     most = device.processors *

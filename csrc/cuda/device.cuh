@@ -71,6 +71,16 @@ SORTKD_DEVICE float log2_of(float x) {
   return log2f(x);
 #endif
 }
+// 1 / x to a rounding; subnormal numbers are 0.
+SORTKD_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
 SORTKD_DEVICE double power_of_two(double x) { return exp2(x); }
 
 // What the compiler must take as it is: it would fold a pointer into 64-bit arithmetic for each access, and keep what
@@ -79,8 +89,9 @@ template <typename V>
 SORTKD_DEVICE V compiler_barrier(V value) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_pointer_v<V>) {
+    const bool global = __isGlobal(value);
     asm("" : "+l"(value));
-    __builtin_assume(__isGlobal(value));
+    __builtin_assume(global ? __isGlobal(value) : __isShared(value));
   } else if constexpr (std::is_same_v<V, int>) {
     asm volatile("" : "+r"(value));
   } else if constexpr (std::is_same_v<V, float>) {
@@ -88,6 +99,33 @@ SORTKD_DEVICE V compiler_barrier(V value) {
   }
 #endif
   return value;
+}
+
+// 16 bytes on their way from device to shared memory. What has been started is there after copies_wait(), for the thread
+// that has started it.
+SORTKD_DEVICE void copy_async(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+#else
+  memcpy(to, from, 16);
+#endif
+}
+// As a branch would; without one.
+SORTKD_DEVICE void store_if(bool condition, uint4* to, const uint4& value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<int>(condition)),
+               "l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+#else
+  if (condition) *to = value;
+#endif
+}
+SORTKD_DEVICE void copies_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 SORTKD_DEVICE unsigned lane_id() { return threadIdx.x % kWarp; }
@@ -180,6 +218,40 @@ SORTKD_DEVICE void unpack(const uint4& v, Acc<X>* values) {
       }
     }
   }
+}
+
+// The largest of so many vectors' values; NaN counts as none.
+template <typename X, int count>
+SORTKD_DEVICE float largest_of(const uint4* vectors) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(X) == 2) {  // two at a time
+    const auto larger = [](unsigned a, unsigned b) {
+      unsigned result;
+      if constexpr (std::is_same_v<X, Half>)
+        asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+      else
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+      return result;
+    };
+    unsigned low = vectors[0].x, high = vectors[0].z;
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      low = larger(larger(low, vectors[j].x), vectors[j].y);
+      high = larger(larger(high, vectors[j].z), vectors[j].w);
+    }
+    low = larger(low, high);
+    return max(widened(X{static_cast<unsigned short>(low)}), widened(X{static_cast<unsigned short>(low >> 16)}));
+  }
+#endif
+  float largest = -kInfinity<float>;
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+    float values[kWidth<X>];
+    unpack<X>(vectors[j], values);
+#pragma unroll
+    for (int i = 0; i < kWidth<X>; ++i) largest = fmaxf(largest, values[i]);
+  }
+  return largest;
 }
 
 template <typename X>

@@ -37,24 +37,32 @@ constexpr int partial_bytes(Kind kind, int threads, int cluster) {
 
 template <typename V>
 SORTKD_DEVICE V warp_merged(V value) {
-#pragma unroll
+#pragma unroll 1
   for (int offset = 16; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
   return value;
 }
 
-// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after. Once a kernel:
-// in few instructions.
+// What block_merged takes of shared memory: a value of at most so many bytes for each thread.
+constexpr int kMergingBytes = 16;
+
+// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after. Once or twice a
+// kernel: in few instructions, and of a double's two words no shuffles.
 template <typename V>
-SORTKD_DEVICE V block_merged(V value, char* shared) {
-  V* const partial = reinterpret_cast<V*>(shared);
-#pragma unroll 1
-  for (int offset = 16; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
+SORTKD_DEVICE V block_merged(const V& value, char* shared) {
+  static_assert(sizeof(V) <= kMergingBytes);
+  V* const values = reinterpret_cast<V*>(shared);
+  const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();
-  if (lane_id() == 0) partial[threadIdx.x / kWarp] = value;
+  values[thread] = value;
   __syncthreads();
-  V all = partial[0];
 #pragma unroll 1
-  for (unsigned w = 1; w < blockDim.x / kWarp; ++w) all.merge(partial[w]);
+  for (int left = static_cast<int>(blockDim.x); left > 1;) {
+    const int half = (left + 1) / 2;
+    if (thread + half < left) values[thread].merge(values[thread + half]);
+    left = half;
+    __syncthreads();
+  }
+  const V all = values[0];
   __syncthreads();
   return all;
 }

@@ -174,6 +174,25 @@ struct List {
     const int at = atomicAdd(remote ? in_block(count(), 0) : count(), 1);
     if (at < places.room) (remote ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
   }
+  // The value that the correction gives to an entry: of those above the label, each takes the next one's.
+  SORTKD_DEVICE T corrected(int at, Correction correction, int above, T label) const {
+    if (correction == Correction::Sort && at < above) return at + 1 < above ? entries()[at + 1].value() : label;
+    return correction == Correction::Swap && at == 0 && above > 0 ? label : entries()[at].value();
+  }
+  // f(at) in the place of each entry's value, which it may read until then, as the next one's. By all threads that keep
+  // the list.
+  template <typename F>
+  SORTKD_DEVICE void replace_values(int n, F&& f) const {
+    const int size = group.list_size();
+#pragma unroll 1
+    for (int first = 0; group.any(first < n); first += size) {
+      const int at = first + group.list_member();
+      T number = 0;
+      if (at < n) number = f(at);
+      group.list_sync();
+      if (at < n) entries()[at] = entries()[at].with(number);
+    }
+  }
   SORTKD_DEVICE int counted() const { return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0); }
   // By all threads that keep the list.
   SORTKD_DEVICE void put_in_order(int n) {

@@ -2,6 +2,8 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "loss.h"
 
@@ -31,6 +33,7 @@ const Device& device() {
     int major = 0;
     cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, current);
     cudaDeviceGetAttribute(&d.cache_bytes, cudaDevAttrL2CacheSize, current);
+    cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current);
     d.clusters = major >= 9 && compiled_for_clusters();
   };
@@ -41,6 +44,21 @@ const Device& device() {
 #endif
   return d;
 }
+
+#if defined(__CUDACC__)
+cudaError_t grant_shared(const void* kernel) {
+  // Once a kernel and device.
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> granted;
+  int current = 0;
+  cudaGetDevice(&current);
+  const std::lock_guard lock(mutex);
+  if (granted.contains({kernel, current})) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device().shared_bytes);
+  if (error == cudaSuccess) granted.emplace(kernel, current);
+  return error;
+}
+#endif
 
 namespace {
 
@@ -59,9 +77,11 @@ struct Pieces {
 // Bytes from a multiple of those of a vector.
 int past_vector(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
 
-// 16-byte accesses to the rows of both sides, wherever they begin.
+// 16-byte accesses to the rows of both sides, wherever they begin. Rows and vectors have indices of 32 bits.
 bool has_vectors(const LossArgs& args) {
-  return args.layout.inner == 1 && !args.teacher_indices && args.student_dtype == args.teacher_dtype && !args.acc_double() &&
+  const int64_t bytes = args.layout.rows() * args.layout.C * bytes_of(args.student_dtype);
+  return args.layout.inner == 1 && bytes < int64_t{16} << 32 && args.layout.rows() < 1 << 30 && !args.teacher_indices &&
+         args.student_dtype == args.teacher_dtype && !args.acc_double() &&
          past_vector(args.student) == past_vector(args.teacher);
 }
 
@@ -101,10 +121,10 @@ struct Plan {
       shape = choose_columns(C);
       if (mode == Mode::KdCe) mode = Mode::General;
     } else {
-      shape = choose_mixed(C, sizeof(T) == 8);
+      shape = choose_mixed(C);
       mode = Mode::General;
     }
-    if (!vectors && shape.kind == Kind::Block) shape = choose_mixed(C, sizeof(T) == 8);
+    if (!vectors && shape.kind == Kind::Block) shape = choose_mixed(C);
 
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
@@ -126,7 +146,7 @@ struct Plan {
       } else {
         overflows = true;
         room = static_cast<int>(most_room);
-        rest = choose_mixed(C, sizeof(T) == 8);
+        rest = choose_mixed(C);
         rest_blocks = list_blocks(rest);
       }
     }
@@ -143,6 +163,11 @@ struct Plan {
     if (!in_device) entries = nullptr;
     if (!overflows) overflow = nullptr;
     bytes = pieces.used;
+  }
+
+  // Classes of a vector of rows that held.cuh takes, else 0.
+  int staged_width(const LossArgs& args) const {
+    return vectors && shape.held > 0 && mode != Mode::General ? 16 / bytes_of(args.student_dtype) : 0;
   }
 
   Params<T> params(const LossArgs& args) const {
@@ -177,7 +202,10 @@ struct Plan {
     p.with_ce = config.with_ce();
     p.moments = config.standardize || args.grad_temperature;
     p.power = mode == Mode::KdCe ? static_cast<int>(config.temperature) : 1;
-    p.beta = config.beta_of(C);
+    p.kd_weight = static_cast<T>(config.kd_weight);
+    p.ce_weight = static_cast<T>(config.ce_weight);
+    p.alpha = static_cast<T>(config.alpha);
+    p.beta = static_cast<T>(config.beta_of(C));
     p.reduced = config.reduction != Reduction::None;
     p.mean = config.reduction == Reduction::Mean;
     p.loss = static_cast<T*>(args.loss);
@@ -198,22 +226,29 @@ unsigned long long fresh_nonce() {
   return (next.fetch_add(1) & ((1ull << (64 - kTicketBits)) - 1)) | 1ull << (63 - kTicketBits);
 }
 
-// Gives the lists their places behind what reductions take.
+// Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
 template <typename T>
-Launch place_lists(const Shape& shape, int blocks, int room, char* in_device, Params<T>& p) {
+Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in_device, Params<T>& p) {
+#if defined(__CUDACC__)
+  const int threads = shape.threads;
+#else
+  const int threads = shape.threads * shape.cluster;  // the harness runs a cluster as one block
+#endif
   int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster);
   const auto take = [&](int count) {
     const int place = bytes;
     bytes += (count + 15) / 16 * 16;
     return place;
   };
-  p.list.room = room;
+  const bool shares = width && shape.kind == Kind::Lanes;  // the list with its row
+  p.list.room = shares ? shape.lanes * shape.held * width : room;
   p.list.in_device = in_device;
+  p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
   p.list.notes = take(2 * static_cast<int>(sizeof(T)));
-  p.list.entries = take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
+  p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
-  p.merging = take(kPartialBytes * shape.threads * shape.cluster / 32);
+  p.merging = take(kMergingBytes * threads);
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
   return {blocks, shape.threads, shape.cluster, bytes};
@@ -222,10 +257,16 @@ Launch place_lists(const Shape& shape, int blocks, int room, char* in_device, Pa
 template <typename T>
 cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
-    if (plan.vectors && args.student_dtype == Dtype::Float) return launch_rows<float>(plan.shape, plan.mode, launch, p, stream);
-    if (plan.vectors && args.student_dtype == Dtype::BFloat16)
-      return launch_rows<BFloat16>(plan.shape, plan.mode, launch, p, stream);
-    if (plan.vectors) return launch_rows<Half>(plan.shape, plan.mode, launch, p, stream);
+    if (plan.vectors) {
+      Params<T> q = p;
+      const int bytes = p.shift * bytes_of(args.student_dtype);
+      q.student = static_cast<const char*>(p.student) - bytes;
+      q.teacher = static_cast<const char*>(p.teacher) - bytes;
+      if (p.grad) q.grad = static_cast<char*>(p.grad) - bytes;
+      if (args.student_dtype == Dtype::Float) return launch_rows<float>(plan.shape, plan.mode, launch, q, stream);
+      if (args.student_dtype == Dtype::BFloat16) return launch_rows<BFloat16>(plan.shape, plan.mode, launch, q, stream);
+      return launch_rows<Half>(plan.shape, plan.mode, launch, q, stream);
+    }
   }
   return launch_mixed<T>(plan.shape, plan.mode, launch, p, stream);
 }
@@ -236,8 +277,8 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   Params<T> p = plan.params(args);
   if (p.rows == 0 && !p.reduced) return cudaSuccess;
   if (plan.counters)
-    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, 1024, stream, args.target, p.rows, p.config.ignore_index,
-                  plan.counts);
+    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads * kMergingBytes, stream, args.target, p.rows,
+                  p.config.ignore_index, plan.counts);
   const Shape& shape = plan.shape;
   p.nonce = fresh_nonce();
   p.ticket = p.reduced && !plan.overflows ? plan.ticket : nullptr;
@@ -246,7 +287,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.groups = plan.blocks / shape.cluster;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
-  const Launch on_rows = place_lists(shape, plan.blocks, plan.room, plan.entries, p);
+  const Launch on_rows = place_lists(shape, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
   const cudaError_t error = launch(plan, args, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.ticket = p.reduced ? plan.ticket : nullptr;
@@ -256,7 +297,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.only_overflow = true;
   p.power = 1;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
-  const Launch on_rest = place_lists(plan.rest, plan.rest_blocks, room, plan.rest_entries, p);
+  const Launch on_rest = place_lists(plan.rest, 0, plan.rest_blocks, room, plan.rest_entries, p);
   return launch_mixed<T>(plan.rest, Mode::General, on_rest, p, stream);
 }
 

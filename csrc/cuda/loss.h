@@ -34,7 +34,7 @@ struct Params {
   int32_t* rank;
 
   LossConfig config;
-  double beta;
+  T kd_weight, ce_weight, alpha, beta;  // of `config`, in the arithmetic's type
   bool decoupled, with_ce, moments;
   int power;  // of the exponential at temperature 1, for Mode::KdCe
 
@@ -43,7 +43,7 @@ struct Params {
   int log_lanes, cluster, groups;
   int64_t tiles;
   ListPlaces list;
-  int totals, merging;  // as the lists' places
+  int totals, merging, stage;  // as the lists' places
   // Rows with more entries than there is room for, marked for a launch of their own, or the rows of that launch.
   uint8_t* overflow;
   bool only_overflow;
@@ -72,7 +72,16 @@ struct Totals {
   double kd, ce;
 };
 
+// Shared memory for the vectors of a warp that holds its rows. A row of lanes has its list, of as many entries as it may
+// have classes, in the same place.
+constexpr int stage_bytes(Kind kind, int held, int width) {
+  const int logits = 2 * 16, entries = kind == Kind::Lanes ? 8 * width : 0;
+  return 32 * held * (logits > entries ? logits : entries);
+}
+
 const Device& device();
+// Lets a kernel have all of a block's shared memory, above what every launch may have.
+cudaError_t grant_shared(const void* kernel);
 // Whether what runs here has been compiled for an architecture with clusters: a later one may run older code.
 bool compiled_for_clusters();
 

@@ -8,76 +8,13 @@
 // range of its type the row is done again, relative to its maxima.
 #pragma once
 
-#include "loss.h"
+#include "access.cuh"
+#include "kd_terms.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
 
 namespace sortkd {
 namespace cuda {
-
-// ---- Access: `count` vectors of W classes; vector g holds the classes from g * W - head on.
-
-// Vectors of 16 bytes, wherever the row begins: the vectors at its edges hold classes of its neighbours too.
-template <typename X>
-struct Vectors {
-  using T = float;
-  static constexpr int W = kWidth<X>;
-  const uint4 *student4, *teacher4;
-  uint4* grad4;
-  int head, count, inner_begin, inner_count;
-
-  SORTKD_DEVICE Vectors(const Params<T>& p, int64_t row) {
-    const int64_t first = row * p.C + p.shift;
-    student4 = compiler_barrier(reinterpret_cast<const uint4*>(static_cast<const X*>(p.student) - p.shift) + first / W);
-    teacher4 = compiler_barrier(reinterpret_cast<const uint4*>(static_cast<const X*>(p.teacher) - p.shift) + first / W);
-    grad4 = compiler_barrier(reinterpret_cast<uint4*>(static_cast<X*>(p.grad) - p.shift) + first / W);
-    head = static_cast<int>(first % W);
-    count = (head + p.C + W - 1) / W;
-    inner_begin = head > 0;
-    inner_count = max((head + p.C) / W - inner_begin, 0);
-  }
-  // Classes before and after the vectors that are the row's alone.
-  SORTKD_DEVICE int before() const { return inner_begin ? W - head : 0; }
-  SORTKD_DEVICE int after() const { return (inner_begin + inner_count) * W - head; }
-  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g - inner_begin) < static_cast<unsigned>(inner_count); }
-  using Raw = uint4;
-  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4 + g), t = __ldcs(teacher4 + g); }
-  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { unpack<X>(raw, x); }
-  SORTKD_DEVICE T student(int c) const { return widened(reinterpret_cast<const X*>(student4)[c + head]); }
-  SORTKD_DEVICE T teacher(int c) const { return widened(reinterpret_cast<const X*>(teacher4)[c + head]); }
-  SORTKD_DEVICE void store(unsigned g, const T* grad) const { grad4[g] = pack<X>(grad); }
-  SORTKD_DEVICE void put(int c, T grad) const { reinterpret_cast<X*>(grad4)[c + head] = narrowed<X>(grad); }
-};
-
-// A class at a time, `inner` apart, of dtypes that the call alone knows. A top-k teacher has no [C]: `teacher` is what
-// its absent classes hold.
-template <typename Number, bool kTopK>
-struct Mixed {
-  using T = Number;
-  static constexpr int W = 1, head = 0;
-  const Params<T>& p;
-  int64_t first;
-  T absent;
-  int count;
-
-  SORTKD_DEVICE Mixed(const Params<T>& p, int64_t row)
-      : p(p), first(row / p.inner * p.C * p.inner + row % p.inner), absent(0), count(p.C) {}
-  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
-  SORTKD_DEVICE int before() const { return 0; }
-  SORTKD_DEVICE int after() const { return count; }
-  using Raw = T;
-  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = student(g), t = teacher(g); }
-  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { *x = raw; }
-  SORTKD_DEVICE T student(int c) const { return element<T>(p.student, p.student_dtype, first + c * p.inner); }
-  SORTKD_DEVICE T teacher(int c) const { return kTopK ? absent : element<T>(p.teacher, p.teacher_dtype, first + c * p.inner); }
-  SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }
-  SORTKD_DEVICE void put(int c, T grad) const { set_element(p.grad, p.student_dtype, first + c * p.inner, grad); }
-};
-
-template <class A>
-constexpr bool kIsMixed = false;
-template <typename T, bool kTopK>
-constexpr bool kIsMixed<Mixed<T, kTopK>> = true;
-
-// ---- A row
 
 template <typename T>
 struct Largest {
@@ -109,66 +46,11 @@ struct Exponent {
   }
 };
 
-template <typename T>
-SORTKD_DEVICE T raised(T e, int power) {
-  if (power >= 2) e *= e;
-  if (power == 4) e *= e;
-  return e;
-}
-
-// The scalars of a row are computed by each of its lanes, and would take half as long as its classes: in floats with
-// the processor's approximate functions, whose relative error is a few roundings. As row_logs of row_math.h.
-SORTKD_DEVICE Binary<float> from_odds(float odds) {
-  const float small = power_of_two(-fabsf(odds) * static_cast<float>(kLog2e));
-  const float large = __fdividef(1.0f, 1.0f + small);
-  // log(1 + small) = 2 artanh(small / (2 + small)), whose argument is at most a third: relative to its size exact.
-  const float r = __fdividef(small, 2.0f + small), square = r * r;
-  float series = 2.0f / 15;
-#pragma unroll
-  for (int n = 13; n >= 1; n -= 2) series = fmaf(series, square, 2.0f / static_cast<float>(n));
-  const float rest = r * series;
-  const bool likely = odds > 0.0f;
-  return {likely ? -rest : odds - rest, likely ? -rest - odds : -rest, likely ? large : small * large,
-          likely ? small * large : large};
-}
-SORTKD_DEVICE RowLogs<float> logs_of(const RowSums<float>& sums, bool with_ce) {
-  constexpr float kNats = static_cast<float>(kLn2);
-  const float log_z_s = log2_of(sums.z_student) * kNats, log_z_t = log2_of(sums.z_teacher) * kNats;
-  return {log_z_s, log_z_t, from_odds(sums.v_label_student - log_z_s), from_odds(sums.v_label_teacher - log_z_t),
-          with_ce ? from_odds(sums.v_label_ce - log2_of(sums.z_ce) * kNats) : Binary<float>{}};
-}
-SORTKD_DEVICE RowLogs<double> logs_of(const RowSums<double>& sums, bool with_ce) { return row_logs(sums, with_ce); }
-
-// From 2^-80 on, what was too small to be represented is below a sum's rounding. Far above C, the label is so far below
-// the others that the logarithms of the sums would be large numbers with a small difference.
-template <typename T>
-SORTKD_DEVICE bool well_scaled(T z, T C) {
-  return z > static_cast<T>(0x1p-80) && z < T(256) * C;
-}
-
-// The rows that count in a mean: not yet known; then those of this thread, loaded while the first row's loads are under
-// way; then, as soon as the block has added up, all of them, as the complement.
-constexpr int kNotCounted = std::numeric_limits<int>::min();
-
-template <typename T>
-SORTKD_DEVICE int counted_by_thread(const Params<T>& p) {
-  int n = 0;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  if (p.counts)
-#pragma unroll 1
-    for (int b = thread; b < p.count_blocks; b += threads) n += static_cast<int>(p.counts[b]);
-  else
-#pragma unroll 8
-    for (int64_t row = thread; row < p.rows; row += threads) n += p.target[row] != p.config.ignore_index;
-  return n;
-}
-
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
 struct Row {
   using T = typename A::T;
   static constexpr int W = A::W;
   static constexpr bool kGeneral = kMode == Mode::General;
-  static constexpr int kValues = kHeld > 0 ? kHeld * W : W;
   // z_student, z_teacher, cross, z_ce, and the moments of student, teacher, cross.
   // The moments nearly cancel: their sums over more than a few terms are in double, as what is made of them.
   using S = std::conditional_t<kGeneral, double, T>;
@@ -228,16 +110,9 @@ struct Row {
   SORTKD_DEVICE unsigned* present() const { return reinterpret_cast<unsigned*>(shared_memory() + p.list.present); }
   SORTKD_DEVICE bool is_present(int c) const { return kTopK && (present()[c / 32] >> (c % 32) & 1); }
   SORTKD_DEVICE void set_present(int c) const { atomicOr(present() + c / 32, 1u << (c % 32)); }
-  SORTKD_DEVICE Totals* totals() const { return reinterpret_cast<Totals*>(shared_memory() + p.totals) + group.slot; }
   // Numbers that one thread of a block has for all.
   SORTKD_DEVICE T* notes() const { return reinterpret_cast<T*>(shared_memory() + p.list.notes); }
 
-  // The value that the correction gives to the p-th entry of the list.
-  SORTKD_DEVICE T corrected(int at) const {
-    if (p.config.correction == Correction::Sort && at < above) return at + 1 < above ? list[at + 1].value() : teacher_label;
-    if (p.config.correction == Correction::Swap && above > 0 && at == 0) return teacher_label;
-    return list[at].value();
-  }
   SORTKD_DEVICE T corrected_label(T top) const {
     return above > 0 && p.config.correction != Correction::None ? top : teacher_label;
   }
@@ -347,9 +222,8 @@ struct Row {
     // Above the label, the largest goes to the label.
     if (p.config.correction != Correction::None && largest.teacher > teacher_label)
       largest.teacher = max(largest.second, teacher_label);
-    // -infinity has nothing to be relative to.
-    of_student.reference = ce_reference = largest.student == kLowest ? T(0) : largest.student;
-    of_teacher.reference = largest.teacher == kLowest ? T(0) : largest.teacher;
+    of_student.reference = ce_reference = reference_of(largest.student, student_label);
+    of_teacher.reference = reference_of(largest.teacher, teacher_label);
   }
 
   SORTKD_DEVICE void add_teacher(Sums<T, kSums>& sums, T u, T v, T e) const {
@@ -371,10 +245,9 @@ struct Row {
     return p.with_ce ? power_of_two((s - ce_reference) * kBits) : T(0);
   }
 
-  SORTKD_DEVICE void run(int64_t row, int& counted) {
+  SORTKD_DEVICE void run(int64_t row, T count) {
     const int64_t label = here ? p.target[row] : p.config.ignore_index;
     // All loads are under way before the first is waited for. What is not of the row is read, too.
-    T s[kValues], t[kValues];
     constexpr int kRaw = kHeld > 0 ? kHeld : 1;
     typename A::Raw raw_s[kRaw], raw_t[kRaw];
     T threshold, temperature = p.temperature_value, inverse = p.inverse_temperature, top;
@@ -382,7 +255,6 @@ struct Row {
     Sums<S, kSums> sums;
     bool to_maxima, need, centred = !p.moments;
     const auto begin = [&] {
-      if (p.mean && counted == kNotCounted) counted = counted_by_thread(p);
       counts = label != p.config.ignore_index;
       assert((!counts || (label >= 0 && label < p.C)) && "a label is outside [0, C)");
       y = counts ? static_cast<int>(label) : 0;
@@ -418,7 +290,7 @@ struct Row {
       top = teacher_label;
     };
     for (bool first = true;; first = false) {
-      if (kHeld > 0 && (first || !kGeneral)) {
+      if (kHeld > 0 && first) {
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) access.fetch(min(group.member + group.size * j, access.count - 1), raw_s[j], raw_t[j]);
       }
@@ -436,8 +308,7 @@ struct Row {
       Sums<T, kSums> some{};
       unsigned higher = 0;  // of the values held, those to be listed: a bit each
       each(live, [&](int g, int j) {
-        T own_s[W], own_t[W];
-        T *const sv = kHeld > 0 && !kGeneral ? s + j * W : own_s, *const tv = kHeld > 0 && !kGeneral ? t + j * W : own_t;
+        T sv[W], tv[W];
         if constexpr (kHeld == 0) access.fetch(g, raw_s[0], raw_t[0]);
         A::unpacked(raw_s[j], sv);
         A::unpacked(raw_t[j], tv);
@@ -465,7 +336,6 @@ struct Row {
           if constexpr (kMode != Mode::Kd) some.of[3] += ce_exponential(sv[i], e);
           if constexpr (kGeneral)
             if (e != T(0)) some.of[4] = fma(e, u, some.of[4]);
-          if constexpr (!kGeneral) sv[i] = e, tv[i] = e_t;
         }
         if (kGeneral && kHeld == 0 && g / group.size % 16 == 15) {
           add_to(sums, some);
@@ -487,7 +357,8 @@ struct Row {
           if (!kTopK) list.put_in_order(listed);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
           for (int at = group.list_member(); at < listed; at += group.list_size()) {
-            const T u = of_student(access.student(list[at].c())), v = of_teacher(corrected(at));
+            const T u = of_student(access.student(list[at].c())),
+                    v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
             add_teacher(some, u, v, power_of_two(v));
           }
           if (above > 0) top = list[0].value();
@@ -510,111 +381,84 @@ struct Row {
         if (fabs(mean_t) < kInfinity<T>) of_teacher.reference += mean_t;
       }
     }
-    finish(row, temperature, inverse, sums, top, statistics_s, counted, s, t, raw_s, raw_t);
+    finish(row, temperature, inverse, sums, top, statistics_s, count, raw_s, raw_t);
   }
 
   SORTKD_DEVICE void finish(int64_t row, T temperature, T inverse, const Sums<S, kSums>& sums, T top,
-                            const MeanStd<T>& statistics, int& counted, T* s, T* t, const typename A::Raw* raw_s,
-                            const typename A::Raw* raw_t) {
-    RowSums<S> r{};
-    constexpr S kNats = static_cast<S>(kLn2);
-    r.z_student = sums.of[0], r.z_teacher = sums.of[1], r.cross = sums.of[2] * kNats;
-    r.v_label_student = S(of_student(student_label)) * kNats;
-    r.v_label_teacher = S(of_teacher(corrected_label(top))) * kNats;
-    if constexpr (kMode == Mode::KdCe) {
-      r.z_ce = sums.of[3];
-      r.v_label_ce = r.v_label_student * static_cast<S>(p.power);
-    }
+                            const MeanStd<T>& statistics, T count, const typename A::Raw* raw_s, const typename A::Raw* raw_t) {
+    T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
+    weight /= count;
+    T kd, ce;
+    Coefficients<T> on{};
     if constexpr (kGeneral) {
-      r.z_ce = sums.of[3];
+      RowSums<S> r{};
+      constexpr S kNats = static_cast<S>(kLn2);
+      r.z_student = sums.of[0], r.z_teacher = sums.of[1], r.cross = sums.of[2] * kNats, r.z_ce = sums.of[3];
+      r.v_label_student = S(of_student(student_label)) * kNats;
+      r.v_label_teacher = S(of_teacher(corrected_label(top))) * kNats;
       r.v_label_ce = student_label - ce_reference;
       r.moment_student = sums.of[4] * kNats, r.moment_teacher = sums.of[5] * kNats;
       r.moment_cross = sums.of[6] * (kNats * kNats);
+      const RowTerms<S> terms =
+          row_terms(r, row_logs(r, p.with_ce), S(temperature), p.decoupled, S(p.alpha), S(p.beta), p.with_ce, p.moments);
+      kd = T(terms.kd), ce = T(terms.ce);
+      if (p.grad_temperature && here && group.member == 0)
+        p.grad_temperature[row] = counts ? weight * p.kd_weight * T(terms.grad_temperature) : T(0);
+      const auto of = gradient_coefficients(terms, p.config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
+                                            MeanStd<S>{statistics.mean, statistics.std});
+      on = {T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
+    } else {
+      const KdSums r{sums.of[0],
+                     sums.of[1],
+                     sums.of[2],
+                     kMode == Mode::KdCe ? sums.of[kSums - 1] : 0.0f,
+                     of_student(student_label),
+                     of_teacher(corrected_label(top))};
+      const KdTerms terms = kd_terms(p, r, temperature, weight * p.kd_weight * temperature, weight * p.ce_weight,
+                                     kMode == Mode::KdCe ? p.power : 0);
+      kd = terms.kd, ce = terms.ce;
+      on = {terms.on_student, terms.on_teacher, terms.on_ce, terms.at_label, T(0)};
     }
-    LossConfig config = p.config;
-    if (!kGeneral) config.standardize = false;
-    const bool with_ce = kMode == Mode::KdCe || (kGeneral && p.with_ce);
-    const RowTerms<S> terms = row_terms(r, logs_of(r, with_ce), S(temperature), p.decoupled, S(config.alpha), S(p.beta),
-                                        with_ce, kGeneral && p.moments);
-    if (p.mean && counted >= 0) counted = ~block_merged(Sums<int, 1>{counted}, shared_memory() + p.merging).of[0];
-    if (here && group.member == 0) {
-      if (p.reduced) {
-        Totals& totals = *this->totals();
-        if (counts) totals.kd += static_cast<double>(terms.kd), totals.ce += static_cast<double>(terms.ce);
-      } else {
-        p.loss[row] = counts ? T(weighted(S(config.kd_weight), terms.kd) + weighted(S(config.ce_weight), terms.ce)) : T(0);
-        if (p.kd) p.kd[row] = counts ? T(terms.kd) : T(0);
-        if (p.ce) p.ce[row] = counts ? T(terms.ce) : T(0);
-      }
-      if (p.rank) p.rank[row] = rank();
-    }
-    T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
-    if (p.mean) weight /= static_cast<T>(~counted);
-    if (kGeneral && p.grad_temperature && here && group.member == 0)
-      p.grad_temperature[row] = counts ? weight * T(config.kd_weight) * T(terms.grad_temperature) : T(0);
+    if (!counts) on = {}, kd = ce = T(0);
+    if (here && group.member == 0) write_row(p, group.slot, row, kd, ce, rank());
     if (!p.grad) return;
 
-    const auto of = gradient_coefficients(terms, config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
-                                          MeanStd<S>{statistics.mean, statistics.std});
-    Coefficients<T> on{T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
-    if (!counts) on = {};
     // `logit` where the mode asks for more than the exponentials.
     const auto gradient = [&](T e, T e_t, T logit) {
       T g = fma(e, on.on_student, -(e_t * on.on_teacher));
       if constexpr (kMode == Mode::KdCe) g = fma(raised(compiler_barrier(e), p.power), on.on_ce, g);
       if constexpr (kGeneral) {
         if (p.with_ce) g = fma(ce_exponential(logit, e), on.on_ce, g);
-        if (config.standardize) g -= on.dstd * (logit - statistics.mean);
+        if (p.config.standardize) g -= on.dstd * (logit - statistics.mean);
       }
       return g;
     };
     const bool fix = group.any(listed > 0);
     if (fix) {
-      // While the logits are there still: the gradient may lie in their place. Each entry needs the next one's value.
-      if (group.keeps_list()) {
-        const int size = group.list_size();
-#pragma unroll 1
-        for (int first = 0; group.any(first < listed); first += size) {
-          const int at = first + group.list_member();
-          T g = 0;
-          if (at < listed) {
-            const T logit = access.student(list[at].c());
-            g = gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(corrected(at))), logit);
-          }
-          group.list_sync();
-          if (at < listed) list[at] = list[at].with(g);
-        }
-      }
+      // While the logits are there still: the gradient may lie in their place.
+      if (group.keeps_list())
+        list.replace_values(listed, [&](int at) {
+          const T logit = access.student(list[at].c()), value = list.corrected(at, p.config.correction, above, teacher_label);
+          return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(value)), logit);
+        });
       group.sync();
     }
     each(access.count, [&](int g, int j) {
-      T grads[W], own_s[W], own_t[W];
-      T *const sv = kHeld > 0 ? s + j * W : own_s, *const tv = kHeld > 0 ? t + j * W : own_t;
+      T grads[W], sv[W], tv[W];
       if constexpr (kHeld == 0) load(g, sv, tv);
-      if constexpr (kHeld > 0 && kGeneral) A::unpacked(raw_s[j], sv), A::unpacked(raw_t[j], tv);
+      if constexpr (kHeld > 0) A::unpacked(raw_s[j], sv), A::unpacked(raw_t[j], tv);
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        if constexpr (kHeld > 0 && !kGeneral)
-          grads[i] = gradient(sv[i], tv[i], T(0));
-        else
-          grads[i] = counts ? gradient(power_of_two(of_student(sv[i])), power_of_two(of_teacher(tv[i])), sv[i]) : T(0);
-      }
+      for (int i = 0; i < W; ++i)
+        grads[i] = counts ? gradient(power_of_two(of_student(sv[i])), power_of_two(of_teacher(tv[i])), sv[i]) : T(0);
       if (here && !p.scalar_grads && access.inner(g)) access.store(g, grads);
     });
-    // The classes at the edges, from memory again: in few instructions, and where the gradient lies is theirs alone.
-    const int before = max(access.before(), p.scalar_grads), after = max(access.after(), p.scalar_grads);
-    const int edges = here ? before + p.C - after : 0;
-#pragma unroll 1
-    for (int i = group.member; i < edges; i += group.size) {
-      const int c = i < before ? i : after + i - before;
-      if (c >= p.C || (counts && c == y)) continue;
-      T g = 0;
-      if (counts) {
-        const T logit = access.student(c);
-        g = gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(access.teacher(c))), logit);
-      }
-      access.put(c, g);
-    }
+    if (here)
+      put_edges(access, group, p.C, max(access.before(), p.scalar_grads), max(access.after(), p.scalar_grads), counts ? y : -1,
+                [&](int c) {
+                  if (!counts) return T(0);
+                  const T logit = access.student(c);
+                  return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(access.teacher(c))), logit);
+                });
     // By the thread that has written the label's vector, so after it.
     if (counts && group.has(label_vector)) access.put(y, on.at_label);
     if (fix) {
@@ -637,80 +481,21 @@ struct Row {
 
 // ---- The kernel
 
-// The sum over a call's rows: each block writes its own, and the block of the last launch that ends last adds them up,
-// in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as whatever memory holds,
-// and counts from the first block that puts the call's own number into it.
-template <typename T>
-SORTKD_DEVICE void open_ticket(const Params<T>& p) {
-  if (!p.ticket || threadIdx.x != 0) return;
-  const unsigned long long seen = *static_cast<volatile unsigned long long*>(p.ticket);
-  // Where this fails, another block has done it.
-  if (seen >> kTicketBits != p.nonce) atomicCAS(p.ticket, seen, p.nonce << kTicketBits);
+constexpr int most_threads(Kind kind, Mode mode) {
+  return kind == Kind::Lanes ? kSmallBlock : kind == Kind::Columns || mode == Mode::General ? kGeneralBlock : kMostRowBlock;
 }
-
-template <bool kMayHaveNoRow, typename T>
-SORTKD_DEVICE void reduce(const Params<T>& p, int counted, int rows, int index) {
-  if (kMayHaveNoRow && p.mean && (counted >= 0 || counted == kNotCounted)) {
-    if (counted == kNotCounted) counted = counted_by_thread(p);
-    counted = ~block_merged(Sums<int, 1>{counted}, shared_memory() + p.merging).of[0];
-  }
-  __syncthreads();
-  Sums<double, 2> sums{};
-  if (static_cast<int>(threadIdx.x) < rows) {
-    const Totals& totals = reinterpret_cast<const Totals*>(shared_memory() + p.totals)[threadIdx.x];
-    sums = {totals.kd, totals.ce};
-  }
-#pragma unroll 1
-  for (bool own = true;; own = false) {  // the block's own rows, then the blocks
-    sums = block_merged(sums, shared_memory() + p.merging);
-    if (!own) break;
-    bool last = false;
-    if (threadIdx.x == 0) {
-      double* const mine = p.partials + 2 * (p.partials_before + index);
-      mine[0] = sums.of[0], mine[1] = sums.of[1];
-      __threadfence();
-      if (p.ticket) {
-        const unsigned long long before = atomicAdd(p.ticket, 1ull);
-        last = (before & ((1ull << kTicketBits) - 1)) == static_cast<unsigned>(p.groups - 1);
-        if (last) *p.ticket = 0;  // a graph may be replayed
-      }
-    }
-    if (!__syncthreads_or(last)) return;
-    __threadfence();
-    sums = {};
-#pragma unroll 4
-    for (int b = static_cast<int>(threadIdx.x); b < p.partials_all; b += static_cast<int>(blockDim.x)) {
-      sums.of[0] += __ldcg(p.partials + 2 * b);
-      sums.of[1] += __ldcg(p.partials + 2 * b + 1);
-    }
-  }
-  if (threadIdx.x != 0) return;
-  // No row counts: 0 / 0, as in F.cross_entropy.
-  const double n = !p.mean ? 1 : counted == kNotCounted ? 0 : ~counted;
-  const double kd = sums.of[0] / n, ce = sums.of[1] / n;
-  *p.loss = static_cast<T>(weighted(p.config.kd_weight, kd) + weighted(p.config.ce_weight, ce));
-  if (p.kd) *p.kd = static_cast<T>(kd);
-  if (p.ce) *p.ce = static_cast<T>(ce);
-}
-
-constexpr int most_threads(Kind kind, int held, bool doubles) {
-  return kind == Kind::Lanes ? 128 : kind == Kind::Columns ? 256 : held > 0 ? 512 : doubles ? 256 : 512;
-}
-
-constexpr int fewest_blocks(Kind kind, int held, Mode mode) { return kind == Kind::Lanes && mode != Mode::General ? 4 : 1; }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
-__global__ void __launch_bounds__(most_threads(kKind, kHeld, sizeof(typename A::T) == 8), fewest_blocks(kKind, kHeld, kMode))
-    sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
+__global__ void __launch_bounds__(most_threads(kKind, kMode), 1) sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
   Group<kKind> group(p.log_lanes, p.cluster);
   if (group.keeps_list()) open_ticket(p);
-  int counted = kNotCounted;
-  if (group.blocks() > 1) cluster_barrier();  // the others' shared memory is there
   const int threads = static_cast<int>(blockDim.x);
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
-  if (p.reduced && group.member == 0) reinterpret_cast<Totals*>(shared_memory() + p.totals)[group.slot] = {0, 0};
+  if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
+  const T count = p.mean ? static_cast<T>(counted_rows(p)) : T(1);
+  if (group.blocks() > 1) cluster_barrier();  // the others' shared memory is there
   // Of the rows whose list did not fit, a block looks at as many marks as it has threads.
   const bool marked_only = kMayBeRest && p.only_overflow;
   const int chunk = marked_only ? threads : 1, thread = static_cast<int>(threadIdx.x);
@@ -726,73 +511,11 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, sizeof(typename A::
       const int64_t row = (first + step * i) * rows + group.slot;
       if (kKind == Kind::Block && p.overflow && !marked_only && group.member == 0) p.overflow[row] = 0;
       Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows);
-      loss.run(row, counted);
+      loss.run(row, count);
     }
   }
-  if (p.reduced && group.keeps_list()) reduce<kMayBeRest>(p, counted, rows, group.index());
-  if (kKind == Kind::Block && group.blocks() > 1) cluster_barrier();  // others may still look into this block's memory
-}
-
-// ---- Its launch
-
-#if defined(__CUDACC__)
-template <typename T>
-cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
-  // Above what every launch may have, a kernel is granted the most once a device.
-  if (launch.shared_bytes > kGrantedShared) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  if (launch.cluster == 1) {
-    kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
-    return cudaGetLastError();
-  }
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
-  config.gridDim = launch.blocks;
-  config.blockDim = launch.threads;
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
-}
-#else
-// The blocks of a cluster as one block of all their threads.
-template <typename T>
-cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, Params<T> p, cudaStream_t) {
-  p.cluster = 1;
-  if (launch.shared_bytes > kGrantedShared)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-  simt::launch("sort_kd_rows", kernel, dim3(launch.blocks / launch.cluster), dim3(launch.threads * launch.cluster),
-               launch.shared_bytes, p);
-  return cudaSuccess;
-}
-#endif
-
-// Of rows whose two sides have one dtype X of 2 or 4 bytes.
-template <typename X>
-cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream) {
-  using V = Vectors<X>;
-  constexpr int kMost = kValuesHeld / V::W;
-  const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
-  const bool kd = mode == Mode::Kd;
-  if (shape.kind == Kind::Block && shape.held == 0)
-    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false> : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
-  if (shape.kind == Kind::Block) {
-    if (mode == Mode::General) return run(sort_kd_rows<V, Kind::Block, kMost, Mode::General, false>);
-    return run(kd ? sort_kd_rows<V, Kind::Block, kMost, Mode::Kd, false>
-                  : sort_kd_rows<V, Kind::Block, kMost, Mode::KdCe, false>);
-  }
-  if (mode == Mode::General) return run(sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, false>);
-  if (shape.held == 1)
-    return run(kd ? sort_kd_rows<V, Kind::Lanes, 1, Mode::Kd, false> : sort_kd_rows<V, Kind::Lanes, 1, Mode::KdCe, false>);
-  if (shape.held == 4)
-    return run(kd ? sort_kd_rows<V, Kind::Lanes, 4, Mode::Kd, false> : sort_kd_rows<V, Kind::Lanes, 4, Mode::KdCe, false>);
-  return run(kd ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, false>
-                : sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, false>);
+  if (p.reduced && group.keeps_list()) reduce(p, static_cast<int>(count), rows, group.index());
+  if (group.blocks() > 1) cluster_barrier();  // others may still look into this block's memory
 }
 
 }  // namespace cuda

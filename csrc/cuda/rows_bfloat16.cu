@@ -1,4 +1,4 @@
-#include "row.cuh"
+#include "vector_rows.cuh"
 
 namespace sortkd {
 namespace cuda {

@@ -1,0 +1,89 @@
+// How the kernels reach a row: `count` vectors of W classes; vector g holds the classes from g * W - head on.
+#pragma once
+
+#include "loss.h"
+
+namespace sortkd {
+namespace cuda {
+
+// Vectors of 16 bytes, wherever the row begins: the vectors at its edges hold classes of its neighbours too. The
+// tensors of Params begin at a multiple of 16 bytes, `shift` classes before the first row; their vectors have indices of
+// 32 bits.
+template <typename X>
+struct Vectors {
+  using T = float;
+  static constexpr int W = kWidth<X>;
+  const Params<T>& p;
+  unsigned first;  // vector
+  int head, count;
+
+  SORTKD_DEVICE Vectors(const Params<T>& p, int64_t row) : p(p) {
+    // Unsigned: quotients by a power of two are shifts.
+    const uint64_t at = static_cast<uint64_t>(row) * static_cast<unsigned>(p.C) + static_cast<unsigned>(p.shift);
+    first = static_cast<unsigned>(at / W);
+    head = static_cast<int>(at % W);
+    count = static_cast<int>(static_cast<unsigned>(head + p.C + W - 1) / W);
+  }
+  // The vectors that are the row's alone are those from begin() on, before whole(); and the classes that they hold.
+  SORTKD_DEVICE int begin() const { return head > 0; }
+  SORTKD_DEVICE int whole() const { return static_cast<int>(static_cast<unsigned>(head + p.C) / W); }
+  SORTKD_DEVICE bool inner(int g) const { return g >= begin() && g < whole(); }
+  SORTKD_DEVICE int before() const { return head > 0 ? W - head : 0; }
+  SORTKD_DEVICE int after() const { return max(whole(), begin()) * W - head; }
+
+  SORTKD_DEVICE const uint4* student4(unsigned g) const { return static_cast<const uint4*>(p.student) + (first + g); }
+  SORTKD_DEVICE const uint4* teacher4(unsigned g) const { return static_cast<const uint4*>(p.teacher) + (first + g); }
+  SORTKD_DEVICE uint4* grad4(unsigned g) const { return static_cast<uint4*>(p.grad) + (first + g); }
+  using Raw = uint4;
+  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4(g)), t = __ldcs(teacher4(g)); }
+  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { unpack<X>(raw, x); }
+  SORTKD_DEVICE T student(int c) const { return widened(reinterpret_cast<const X*>(student4(0))[c + head]); }
+  SORTKD_DEVICE T teacher(int c) const { return widened(reinterpret_cast<const X*>(teacher4(0))[c + head]); }
+  SORTKD_DEVICE void store(unsigned g, const T* grad) const { *grad4(g) = pack<X>(grad); }
+  SORTKD_DEVICE void put(int c, T grad) const { reinterpret_cast<X*>(grad4(0))[c + head] = narrowed<X>(grad); }
+};
+
+// A class at a time, `inner` apart, of dtypes that the call alone knows. A top-k teacher has no [C]: `teacher` is what
+// its absent classes hold.
+template <typename Number, bool kTopK>
+struct Mixed {
+  using T = Number;
+  static constexpr int W = 1, head = 0;
+  const Params<T>& p;
+  int64_t first;
+  T absent;
+  int count;
+
+  SORTKD_DEVICE Mixed(const Params<T>& p, int64_t row)
+      : p(p), first(row / p.inner * p.C * p.inner + row % p.inner), absent(0), count(p.C) {}
+  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
+  SORTKD_DEVICE int before() const { return 0; }
+  SORTKD_DEVICE int after() const { return count; }
+  using Raw = T;
+  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = student(g), t = teacher(g); }
+  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { *x = raw; }
+  SORTKD_DEVICE T student(int c) const { return element<T>(p.student, p.student_dtype, first + c * p.inner); }
+  SORTKD_DEVICE T teacher(int c) const { return kTopK ? absent : element<T>(p.teacher, p.teacher_dtype, first + c * p.inner); }
+  SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }
+  SORTKD_DEVICE void put(int c, T grad) const { set_element(p.grad, p.student_dtype, first + c * p.inner, grad); }
+};
+
+// The gradient at the classes before `before` and from `after` on but the label, by f(class): classes that no thread
+// stores in whole vectors. From memory again: in few instructions, and where the gradient lies is theirs alone.
+template <typename A, typename G, typename F>
+SORTKD_DEVICE void put_edges(const A& access, const G& group, int C, int before, int after, int label, F&& f) {
+  const int edges = before + C - after;
+#pragma unroll 1
+  for (int i = group.member; i < edges; i += group.size) {
+    const int c = i < before ? i : after + i - before;
+    if (c < C && c != label) access.put(c, f(c));
+  }
+}
+
+template <class A>
+constexpr bool kIsMixed = false;
+template <typename T, bool kTopK>
+constexpr bool kIsMixed<Mixed<T, kTopK>> = true;
+
+}  // namespace cuda
+}  // namespace sortkd

@@ -1,0 +1,34 @@
+// The kernels of rows whose two sides have one dtype X of 2 or 4 bytes, and which of them a call takes.
+#pragma once
+
+#include "held.cuh"
+#include "row.cuh"
+
+namespace sortkd {
+namespace cuda {
+
+template <typename X>
+cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream) {
+  using V = Vectors<X>;
+  constexpr int kMost = kValuesHeld / V::W;
+  const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
+  const bool kd = mode == Mode::Kd, lanes = shape.kind == Kind::Lanes;
+  if (mode == Mode::General)
+    return run(lanes ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, false>
+                     : sort_kd_rows<V, Kind::Block, kMost, Mode::General, false>);
+  if (shape.held == 0)
+    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false> : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
+  const auto held = [&](auto kd_kernel, auto kd_ce_kernel) { return run(kd ? kd_kernel : kd_ce_kernel); };
+  if (!lanes)
+    return held(sort_kd_held<X, Kind::Block, kMost, -1, Mode::Kd>, sort_kd_held<X, Kind::Block, kMost, -1, Mode::KdCe>);
+  if (shape.held == 1)
+    return held(sort_kd_held<X, Kind::Lanes, 1, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, 1, -1, Mode::KdCe>);
+  if (shape.held < kMost)
+    return held(sort_kd_held<X, Kind::Lanes, 4, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, 4, -1, Mode::KdCe>);
+  if (shape.lanes < 32)
+    return held(sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::KdCe>);
+  return held(sort_kd_held<X, Kind::Lanes, kMost, 5, Mode::Kd>, sort_kd_held<X, Kind::Lanes, kMost, 5, Mode::KdCe>);
+}
+
+}  // namespace cuda
+}  // namespace sortkd
