@@ -22,15 +22,19 @@ TRAIN := $(VENV)/train
 ALL := $(VENV)/all
 endif
 
-.PHONY: demo test bench docs gpu wheel lint format sanitize clean
+.PHONY: demo test test-all bench docs gpu wheel lint format sanitize clean
 
 demo: $(TRAIN)
 	$(PY) train/run.py
 
 # A process a core: the tensors are small, and one thread each is fastest (python_tests/conftest.py). Not in pyproject.toml,
-# so that a plain `pytest` needs no plugin and starts at once.
+# so that a plain `pytest` needs no plugin and starts at once. The slow ones build, compile and train: CI runs them too.
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 test: $(ALL)
-	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(PY) $(PYTEST) -m 'not slow'
+
+test-all: $(ALL)
+	$(PY) $(PYTEST)
 
 # Alone on the machine, or the ratios mean nothing.
 bench: $(ALL)

@@ -35,6 +35,7 @@ NARROWER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", NARROWER)
 def test_core(capability):
     environment = os.environ | {

@@ -134,6 +134,7 @@ def shown(tool: str, *arguments: object) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_machine_code_for_each_architecture_and_ptx_for_the_next(built):
     file, info, _, _ = built
     assert info["cuda"]

@@ -55,6 +55,7 @@ def test_the_pages_are_made_without_a_warning(tmp_path):
     assert '<div class="math notranslate nohighlight">' in (tmp_path / "mathematics.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_example(name, tmp_path):
     library, rest = CLAIMS[name]

@@ -129,6 +129,7 @@ for C in (1000, 32000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_kernels(target, tmp_path):

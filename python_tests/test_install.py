@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -68,6 +69,7 @@ assert student.grad.isfinite().all()
 """
 
 
+@pytest.mark.slow
 def test_the_wheel(tmp_path):
     """`make wheel`, installed into a fresh environment where no compiler is on PATH; then as under another torch."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "SORTKD_", "PYTHONPATH"))}

@@ -70,6 +70,7 @@ def two_ranks(tmp_path, *commands):
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
     """With the learned temperature, parts of a batch, an average of the weights and a last batch that does not split
     evenly, and a resumed run in between."""
@@ -103,6 +104,7 @@ def test_two_ranks_equal_one(tmp_path, teacher, monkeypatch):
     assert {name: final_state(folder)["history"][-1][name] for name in alone} == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_error_is_shown_once_and_last(tmp_path):
     """By torchrun, after all that it says itself about its processes."""
     if not torch.distributed.is_available():

@@ -14,6 +14,7 @@ from train.config import load_config
 from train.demo import NoisyLoader
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_anywhere(tmp_path):
     command = [sys.executable, str(RUN), "LOG.PREFIX", "results", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "256"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -230,6 +230,7 @@ def test_lists_end_where_the_overrides_start():
         make_plan("short", ["a:b"], ["KD"], [1], ["SOLVER.LR"])
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(tmp_path, capsys):
     """Stopped by its minutes, killed, then left alone: every run once, one table and one picture."""
     words = [*PAIR, "--methods", "CE", "KD", "Sort-KD", "--seeds", "1", "2", *TINY, "LOG.PREFIX", str(tmp_path)]

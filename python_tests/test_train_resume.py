@@ -210,6 +210,7 @@ def test_generator_states_come_back(tmp_path):
     assert draw() == first
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_weights(tmp_path, teacher):
     """kill -9 at seven random moments, the first in the middle of a write, then on to the end."""
     words = tiny_words(tmp_path, teacher, *STATEFUL, "SOLVER.EPOCHS", "20", "EXPERIMENT.NAME", "killed")

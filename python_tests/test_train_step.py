@@ -412,6 +412,7 @@ def test_together_is_refused_in_words(tmp_path, teacher, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_together_on_the_command_line(tmp_path, teacher):
     """One of three seeds has a folder that holds a run; after --resume all three are done."""
     words = tiny_words(tmp_path, teacher, "SOLVER.EPOCHS", "1", "EXPERIMENT.NAME", "run")
