@@ -158,8 +158,9 @@ def check(backend, variant, N, C, k, dtypes=(F32, F32), wrap=lambda f: f):
 @pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)
 def test_matches_full_rows_merged(backend, variant):
     """k = C - 1 leaves one class absent, which a corrected label empties; k = C none."""
-    for k in (1, 2, 7, 11, 12):
-        check(backend, variant, 12, 12, k)
+    interpreted = backend in cases.LOGITS_LIMIT
+    for k in (1, 11, 12) if interpreted else (1, 2, 7, 11, 12):
+        check(backend, variant, 7 if interpreted else 12, 12, k)
 
 
 @pytest.mark.parametrize("dtypes", [(F64, F64), (BF16, BF16), (F16, F16), (F32, F16), (BF16, F32), (F32, F64)],
@@ -167,7 +168,7 @@ def test_matches_full_rows_merged(backend, variant):
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_dtypes(backend, dtypes):
     for variant in VARIANTS[:2]:
-        check(backend, variant, 12, 23, 5, dtypes)
+        check(backend, variant, 7, 23, 5, dtypes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -191,7 +192,7 @@ def test_a_label_far_from_the_rest(backend):
 @pytest.mark.parametrize("tail", ("renormalize", "uniform", "bucket"))
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_int32_indices_are_the_same(backend, tail):
-    served = serve(12, 23, 5)
+    served = serve(7, 23, 5)
     results = []
     for dtype in (torch.int64, torch.int32):
         student = served.student.clone().requires_grad_()
@@ -294,7 +295,7 @@ def test_a_student_with_nothing_outside(backend, correction):
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_masses(backend):
     """The student's and the teacher's probability of the k, for every tail; a class that comes twice counts once."""
-    served = serve(12, 23, 5)
+    served = serve(7, 23, 5)
     q = served.student.double().softmax(-1)
     for tail in ("renormalize", "uniform", "bucket"):
         out = fused_sort_kd_topk(
@@ -337,9 +338,9 @@ def test_rules(backend):
 @pytest.mark.parametrize("backend", cases.BACKENDS)
 def test_normalising(backend):
     """Weights of rows and a denominator, as in every loss."""
-    served = serve(12, 23, 5)
+    served = serve(7, 23, 5)
     arguments = served.values, served.indices, served.target
-    weight = torch.linspace(0, 2, 12)
+    weight = torch.linspace(0, 2, 7)
     student = served.student.requires_grad_()
     call = dict(tail="bucket", ce_weight=0.2, backend=backend)
     rows = fused_sort_kd_topk(student, *arguments, reduction="none", **call)

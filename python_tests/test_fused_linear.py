@@ -528,6 +528,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp(tmp_path):
     command = [sys.executable, "-c", WORKER]
     root = Path(__file__).parents[1]

@@ -73,8 +73,9 @@ def check(backend, variant, tail, N, C, k, dtypes=(F32, F32), wrap=lambda f: f):
 @pytest.mark.parametrize(("backend", "variant"), cases.calls(VARIANTS), ids=str)
 @pytest.mark.parametrize("tail", ("renormalize", "uniform"))
 def test_stands_for_a_full_row(backend, tail, variant):
-    for k in (1, 2, 7, 12):
-        check(backend, variant, tail, 12 if backend in cases.LOGITS_LIMIT else 24, 12, k)
+    interpreted = backend in cases.LOGITS_LIMIT
+    for k in (2, 12) if interpreted else (1, 2, 7, 12):
+        check(backend, variant, tail, 7 if interpreted else 24, 12, k)
 
 
 @pytest.mark.parametrize("dtypes", [(F64, F64), (BF16, BF16), (F16, F16), (F32, F16), (F16, F64)], ids=cases.dtype_id)

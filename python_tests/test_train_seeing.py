@@ -177,6 +177,7 @@ def test_the_report_names_a_damaged_file(file, damage, reason, seeds, tmp_path):
         report.main([str(tmp_path / "runs")])
 
 
+@pytest.mark.slow
 def test_no_character_costs_a_run(tmp_path, teacher):
     """Files first, words after: in a terminal without the characters, and in pictures, which take `$` for a formula.
 

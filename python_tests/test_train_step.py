@@ -359,6 +359,7 @@ def test_runs_that_take_turns_are_the_runs_alone(tmp_path, teacher, monkeypatch)
         assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_killed_runs_that_take_turns_go_on(tmp_path, teacher):
     """kill -9 at two moments, with everything in play that a checkpoint holds."""
     solver = ["SOLVER.EPOCHS", "8", "SOLVER.EMA", "0.9", "SOLVER.SCHEDULE", "cosine", "SOLVER.WARMUP", "2"]
