@@ -18,11 +18,11 @@ from .fused_sort_kd import SortKDOutput, _options, _row_scale
 _FN = "fused_linear_sort_kd"
 # What the logits of a block may take, both sides together: so many bytes, or this part of the call's float32 logit
 # matrix where that is more. Fewer rows than these are not worth the reading of the weight for a matrix product.
-_BLOCK_BYTES, _BLOCK_SHARE, _BLOCK_ROWS = 24 << 20, 36, 64
+_BLOCK_BYTES, _BLOCK_SHARE, _BLOCK_ROWS = 30 << 20, 36, 64
 # A product of halves adds up in float32. PyTorch's returns that sum as it is on CUDA devices since version 2.8;
 # elsewhere so many bytes of float32 are made at once of a half-precision factor.
 _CUDA_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
-_WIDENED_BYTES = 4 << 20
+_WIDENED_BYTES = 1 << 20
 
 
 def fused_linear_sort_kd(
@@ -90,7 +90,7 @@ def fused_linear_sort_kd(
         alpha, beta: the weights of DKD's terms, as in :func:`fused_sort_dkd`; KD where ``beta`` is None.
         logit_scale: multiplies the logits of both sides that are made here.
         softcap: then makes ``softcap * tanh(logits / softcap)`` of them, as Gemma does. It takes one more block.
-        chunk_rows: the rows of a block, or ``"auto"``: as many as keep the logits of both sides within 24 MiB or 1/36
+        chunk_rows: the rows of a block, or ``"auto"``: as many as keep the logits of both sides within 30 MiB or 1/36
             of the call's float32 logit matrix, whichever is more, and at least 64.
         inplace: may write ``hidden``'s gradient over ``hidden``; do not read it afterwards.
         process_group: its ranks hold consecutive slices of the classes, as in :func:`fused_sort_kd`: of ``weight``,
