@@ -16,5 +16,5 @@ export SORTKD_TEST_PACKAGE="$here/$work/lib"
 for capability in avx512 avx2 default; do
   ATEN_CPU_CAPABILITY=$capability PYTHONPATH="$SORTKD_TEST_PACKAGE:$here" python -P -m pytest -o pythonpath= \
     -k "native and not compile" python_tests/test_equivalence.py python_tests/test_pinned_rules.py \
-    python_tests/test_layouts.py python_tests/test_topk.py python_tests/test_inplace.py
+    python_tests/test_layouts.py python_tests/test_topk.py python_tests/test_bucket.py python_tests/test_inplace.py
 done

@@ -22,6 +22,7 @@ CORE = (
     "test_sort_logits.py",
     "test_pinned_rules.py",
     "test_topk.py",
+    "test_bucket.py",
     "test_layouts.py",
     "test_precision.py",
 )
