@@ -117,6 +117,7 @@ def test_gradients_are_nearer_to_float64_than_those_of_logits_in_the_same_dtype(
         assert (a - x).norm() <= (b - x).norm() * (1.5 if dtype == F32 else 1.0), name
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
 def test_a_wider_gradient_of_the_weight_adds_up_without_rounding():
     """Over 64 blocks, in the dtype that the parameter's gradient has."""
     inputs = Inputs(256, 32, 300, dtype=BF16, spread=0.8)
@@ -158,15 +159,14 @@ def test_a_teacher_as_it_is_served(backend, served, chunk_rows):
 )
 def test_rows_to_ignore_may_hold_anything(backend, dtype, poisoned_memory):
     inputs = Inputs(dtype=dtype)
-    want = inputs.run(backend=backend, chunk_rows=5, return_parts=False)
+    want = inputs.run(backend=backend, chunk_rows=5)
     with torch.no_grad():
         inputs.hidden[1::4] = torch.nan
         inputs.teacher["teacher_hidden"][1::4] = torch.inf
     got = inputs.run(backend=backend, chunk_rows=5)
-    if backend != "reference":  # which makes all logits, and 0 * NaN of the weight's gradient
-        for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert got[1][0][1::4].eq(0).all() or backend == "reference"
+    for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert got[1][0][1::4].eq(0).all()
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
@@ -319,6 +319,9 @@ def test_autocast_makes_the_products_half():
     halves = Inputs(64, 32, 100, dtype=BF16)
     with torch.autocast("cpu", BF16):
         loss, grads = inputs.run(chunk_rows=5)
+        by_reference = inputs.run(backend="reference")
+    # The same rounded factors; a float32 sum of 64 rows of some roundings each.
+    torch.testing.assert_close(loss, by_reference[0], rtol=1e-5, atol=0)
     assert [g.dtype for g in grads] == [F32] * 3
     want = halves.run(chunk_rows=5)[0]
     # The bias alone is not rounded: half an ulp of bfloat16 of a logit, averaged over rows and classes.
@@ -485,9 +488,10 @@ DTensor.full_tensor = original
 assert len(gathered) == 1 and isinstance(sharded.grad, DTensor)
 torch.testing.assert_close(sharded.grad.full_tensor(), want.grad)
 
-model = fully_shard(Model(), mesh=mesh)
-model(hidden[own], own).backward()
-torch.testing.assert_close(model.head.weight.grad.full_tensor(), want.grad)
+if sys.argv[3] == "fsdp":
+    model = fully_shard(Model(), mesh=mesh)
+    model(hidden[own], own).backward()
+    torch.testing.assert_close(model.head.weight.grad.full_tensor(), want.grad)
 
 target[3] = -100
 teacher_hidden, teacher_weight = torch.randn(8, 5), torch.randn(9, 5)
@@ -529,10 +533,12 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_ddp_and_fsdp(tmp_path):
-    command = [sys.executable, "-c", WORKER]
+    fsdp = hasattr(torch.cpu.current_stream(), "record_event")  # without, FSDP2 does not run on a CPU
+    command, more = [sys.executable, "-c", WORKER], [str(tmp_path / "store"), "fsdp" if fsdp else "ddp"]
     root = Path(__file__).parents[1]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=root, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), *more], cwd=root, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
     assert [rank.communicate(timeout=300)[0].strip() for rank in ranks] == ["equal", "equal"]
+    if not fsdp:
+        pytest.skip("all but FSDP2, which this torch does not run on a CPU, is equal")

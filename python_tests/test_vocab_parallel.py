@@ -649,7 +649,7 @@ def test_compiled(reports, world):
 
 @EVERY_WORLD
 def test_dtensor(reports, world):
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import Replicate, Shard
 
     for classes in (C, 5):
         rows = make_rows(N, classes)
@@ -660,11 +660,14 @@ def test_dtensor(reports, world):
         for rank, report in enumerate(reports(world)):
             loss, placements, local, full = report["dtensor"][classes]
             same_bits([loss, reports(world)[0]["dtensor"][classes][0]])
-            assert placements == (Shard(1),)
+            # torch 2.6 accumulates some gradients of DTensors as whole ones, with the same values.
+            whole = torch.__version__.startswith("2.6.") and placements == (Replicate(),)
+            assert whole or placements == (Shard(1),)
             # Two float32 sums of the same terms.
             torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
             torch.testing.assert_close(full, student.grad, rtol=1e-5, atol=1e-6)
             mine = own[rank] if rank < len(own) else student.grad[:, :0]
+            mine = student.grad if whole else mine
             torch.testing.assert_close(local, mine, rtol=1e-5, atol=1e-6)
             if classes == C:
                 torch.testing.assert_close(report["dtensor"]["copies"], want.detach(), rtol=1e-5, atol=0)

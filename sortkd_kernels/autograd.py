@@ -77,9 +77,13 @@ class _Loss(torch.autograd.Function):
             grad_student = _scaled(ctx.kernels, grad_student, grad_output)
         grad_temperature = None
         if ctx.needs_input_grad[1]:
-            rows = rows * grad_output.reshape(-1)
-            grad_temperature = (rows.view_as(temperature) if temperature.dim() else rows.sum()).to(temperature.dtype)
+            grad_temperature = of_temperature(rows * grad_output.reshape(-1), temperature)
         return grad_student, grad_temperature, None, None, None, None
+
+
+def of_temperature(rows: Tensor, temperature: Tensor) -> Tensor:
+    """The gradient by a temperature, of one value or one a row, from a value for each row."""
+    return (rows.view_as(temperature) if temperature.dim() else rows.sum()).to(temperature.dtype)
 
 
 def reduced(rows: Tensor, row_scale: Tensor, config: Any) -> Tensor:

@@ -246,7 +246,9 @@ def as_int(fn: str, argument: str, value: int) -> int:
 
 
 def allows_inplace(fn: str, student: Tensor, teacher: Tensor, argument: str = "student") -> bool:
-    """Whether the gradient may be written over ``student``: not where the teacher is the very same elements.
+    """Whether the gradient may be written over ``student``.
+
+    It is not where there is none, in a trace, and where the teacher is the very same elements.
 
     The ``argument`` is the student's logits, or its hidden states, whose gradient is as large.
 
@@ -254,6 +256,8 @@ def allows_inplace(fn: str, student: Tensor, teacher: Tensor, argument: str = "s
         ValueError: values that somebody still needs would be lost: those of a parameter, of memory between the rows, or
             of a teacher that shares some of the student's memory.
     """
+    if not student.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     values = "logits" if argument == "student" else "hidden states"
     if not student.is_contiguous():
         raise ValueError(

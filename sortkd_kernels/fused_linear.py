@@ -139,31 +139,34 @@ def fused_linear_sort_kd(
         if over_ranks and backend is not None:
             raise ValueError(f"{_FN}: expected backend=None for classes over several ranks, got {backend!r}")
         name = "" if over_ranks else backends.choose(_FN, backend, hidden.device)
-        inplace = inplace and hidden.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        other = hidden.detach()[:0] if teacher_hidden is None else teacher_hidden
-        inplace = inplace and checks.allows_inplace(_FN, hidden, other, "hidden")
+        none = hidden.detach()[:0]  # whose memory overlaps no other
+        inplace = inplace and checks.allows_inplace(
+            _FN, hidden, none if teacher_hidden is None else teacher_hidden, "hidden"
+        )  # fmt: skip
         hidden = _factor("", hidden, weight, bias)
         if teacher_hidden is not None and teacher_weight is not None:
             teacher_hidden = _factor("teacher_", teacher_hidden, teacher_weight, teacher_bias)
             teacher_weight = teacher_weight.to(teacher_hidden.dtype)
         if teacher_logits is not None:
             teacher_logits = teacher_logits[..., : head.classes]
+        values = teacher_logits if teacher_values is None else teacher_values
+        of_teacher = values if teacher_hidden is None else teacher_hidden  # for the dtype of the arithmetic
         row_scale = of_rows = None
         if denominator is not None or row_weight is not None or config.tail == ops.BUCKET:
-            row_scale, of_rows = _row_scale(_FN, like, like, target, config, denominator, row_weight)
+            row_scale, of_rows = _row_scale(_FN, like, of_teacher, target, config, denominator, row_weight)
     except (TypeError, ValueError):
         if over_ranks:
             vocab_parallel.refuse(process_group, hidden)
         raise
 
-    labels, values = target.reshape(-1), teacher_logits if teacher_values is None else teacher_values
-    kept = None if name == "reference" else _rows_to_keep(labels, config.ignore_index)
+    labels = target.reshape(-1)
+    kept = _rows_to_keep(labels, config.ignore_index)
     count = labels.shape[0] if kept is None else kept.shape[0]
     matrices = 1 + (teacher_hidden is not None) + (softcap is not None)
     # All ranks make the same blocks, however many classes each has.
     block = asked_rows or _block_rows(count, 0 if over_ranks else head.classes, matrices)
     if of_rows is None and checks.REDUCTIONS[config.reduction] == "mean" and block < count:
-        row_scale, of_rows = _row_scale(_FN, like, like, target, config, None, None)
+        row_scale, of_rows = _row_scale(_FN, like, of_teacher, target, config, None, None)
     of_blocks = of_rows or config  # the mean of one block is the kernel's own
 
     def rows(x: Any, vectors: bool = False) -> Any:
@@ -192,13 +195,13 @@ def fused_linear_sort_kd(
         terms = run(hidden, weight, bias, learned, others, call)
     elif name == "reference" or (block >= count and hidden.dtype == ops.arithmetic(hidden)):
         # One block needs no loop of ours: autograd keeps no more than it.
-        of_student = head.plain_logits(hidden, weight, bias)
-        teacher = others.values
-        if teacher is None:
-            teacher = head.plain_logits(others.teacher_hidden, teacher_weight, teacher_bias)
-        eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
-        arguments = of_student, teacher, others.indices, others.target, learned, others.row_scale, of_blocks, True
-        terms = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
+        with torch.autocast(hidden.device.type, enabled=False):
+            of_student, teacher = head.plain_logits(hidden, weight, bias), others.values
+            if teacher is None:
+                teacher = head.plain_logits(others.teacher_hidden, teacher_weight, teacher_bias)
+        terms = ops.loss(
+            name, of_student, teacher, others.indices, others.target, learned, others.row_scale, of_blocks, True
+        )  # fmt: skip
     else:
         call = _Call(ops.KERNELS[name], of_blocks, head, block, inplace and kept is None, _grad_dtype(weight), None)
         terms = _loss(hidden, weight, bias, learned, others, call)
@@ -210,7 +213,7 @@ def fused_linear_sort_kd(
     if of_blocks.reduction == 0:
         kd, ce = _at_rows(kd, kept, target), _at_rows(ce, kept, target)
     if above is not None:
-        rank = above.masked_fill(others.target == config.ignore_index, 0)
+        rank = above
     return SortKDOutput(loss, kd, ce, _at_rows(rank, kept, target))
 
 
@@ -269,7 +272,8 @@ class _Head(NamedTuple):
         work = ops.arithmetic(hidden)
         if self.classes < weight.shape[0]:  # the gradient of a slice is another copy
             weight, bias = weight[: self.classes], None if bias is None else bias[: self.classes]
-        logits = F.linear(hidden.to(work), weight.to(work), None if bias is None else bias.to(work))
+        factors = hidden.to(work), weight.to(hidden.dtype).to(work)
+        logits = F.linear(*factors, None if bias is None else bias.to(work))
         if self.logit_scale is not None:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -354,7 +358,7 @@ class _FusedLinear(torch.autograd.Function):
             # Unless the graph is kept, nobody reads the buffers again.
             grads = [g if g is None else g * grad_output if keep else g.mul_(grad_output) for g in saved]
         if grads[3] is not None:
-            grads[3] = (grads[3].view_as(temperature) if temperature.dim() else grads[3].sum()).to(temperature.dtype)
+            grads[3] = autograd.of_temperature(grads[3], temperature)
         return *grads, None, None
 
 
@@ -490,7 +494,7 @@ def _whole(weight: Any, over_ranks: bool) -> Any:
 
     Where the ranks hold the classes, its own value: this rank's slice.
     """
-    if not hasattr(weight, "full_tensor"):
+    if not vocab_parallel.is_sharded(weight):
         return weight
     if over_ranks:
         return weight.to_local()

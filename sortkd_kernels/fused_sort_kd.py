@@ -326,12 +326,10 @@ def _loss(
     if config.tail == ops.BUCKET:
         work = ops.arithmetic(student, teacher)
         teacher, rank = ops.bucket_teacher(name, teacher, teacher_indices, target, student.shape[-1], config, work)
-    eager = None if torch.compiler.is_compiling() else ops.EAGER_LOSS.get(name)
-    arguments = student, teacher, teacher_indices, target, learned, row_scale, config, inplace
-    parts = (eager and eager(*arguments)) or ops.LOSS[name](*arguments)
+    parts = ops.loss(name, student, teacher, teacher_indices, target, learned, row_scale, config, inplace)
     if not config.parts:
         return parts[0]
-    return SortKDOutput(*parts[:3], parts[3] if rank is None else rank.masked_fill(target == config.ignore_index, 0))
+    return SortKDOutput(*parts[:3], parts[3] if rank is None else rank)
 
 
 def _loss_over_ranks(
@@ -375,7 +373,6 @@ def _checked(
     row_scale = None
     if denominator is not None or row_weight is not None or config.tail == ops.BUCKET:
         row_scale, config = _row_scale(fn, student, teacher, target, config, denominator, row_weight)
-    inplace = inplace and student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     inplace = inplace and checks.allows_inplace(fn, student, teacher)
     return learned, row_scale, config, inplace
 
@@ -385,17 +382,18 @@ def _row_scale(
     denominator: float | Tensor | None, row_weight: Tensor | None,
 ) -> tuple[Tensor, ops.LossConfig]:  # fmt: skip
     """What multiplies the loss of each row, and the options of the reduction that is left: a sum, or none."""
-    scale = torch.ones((), dtype=ops.arithmetic(student, teacher), device=student.device)
+    work = ops.arithmetic(student, teacher)
+    scale = torch.ones((), dtype=work, device=student.device)
     if row_weight is not None:
         checks.check_row_weight(fn, row_weight, student, target)
-        scale = row_weight.to(scale.dtype)
+        scale = row_weight.to(work)
     reduction = checks.REDUCTIONS[config.reduction]
     if denominator is not None:
         checks.check_denominator(fn, denominator, student, reduction)
         scale = scale / denominator
     if reduction == "mean":
         scale, reduction = scale / (target != config.ignore_index).sum(), "sum"
-    return scale.to(ops.arithmetic(student, teacher)), config._replace(reduction=checks.REDUCTIONS.index(reduction))
+    return scale.to(work), config._replace(reduction=checks.REDUCTIONS.index(reduction))
 
 
 def _options(fn: str, temperature: float | Tensor, correction: str, *others: Any) -> ops.LossConfig:

@@ -166,7 +166,10 @@ def bucket_teacher(
         return SORT_LOGITS[backend](rows, places, checks.CORRECTIONS.index(correction), -1)
 
     correction = checks.CORRECTIONS[config.correction]
-    return reference.bucket_teacher(values.to(work), indices, target, classes, correction, correct, config.parts)
+    rows, rank = reference.bucket_teacher(
+        values.to(work), indices, target, classes, correction, correct, config.parts
+    )  # fmt: skip
+    return rows, None if rank is None else rank.masked_fill(target == config.ignore_index, 0)
 
 
 def check_labels(argument: str, labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
@@ -194,6 +197,16 @@ LOSS: dict[str, Callable[..., autograd.Parts]] = {"reference": reference_loss}
 SORT_LOGITS: dict[str, Callable[..., Tensor]] = {"reference": reference_sort_logits}
 # ... and, of the compiled backends, what makes loss and gradient at once.
 KERNELS: dict[str, autograd.Kernels] = {}
+
+
+def loss(
+    backend: str, student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
+    temperature: Tensor | None, row_scale: Tensor | None, config: LossConfig, inplace: bool,
+) -> autograd.Parts:  # fmt: skip
+    """``(loss, kd, ce, rank)`` of a backend, by the shortest way that there is."""
+    arguments = student, teacher, teacher_indices, target, temperature, row_scale, config, inplace
+    eager = None if torch.compiler.is_compiling() else EAGER_LOSS.get(backend)
+    return (eager and eager(*arguments)) or LOSS[backend](*arguments)
 
 
 def register_native(name: str, extension: Any, namespace: str) -> None:

@@ -142,7 +142,8 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
         TypeError, ValueError: on every rank alike, before anything is sent.
     """
     if not is_sharded(student):
-        if dist.is_initialized() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
+        # What new_group returns to a rank outside.
+        if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
                 f"{fn}: expected this rank to be in process_group, got rank {dist.get_rank()} outside of it"
             )
