@@ -143,6 +143,8 @@ class Kernel:
         quiet = {i for body in inside if not any(self.code[i].wide == 16 for i in body) for i in body}
         # What lies in shared memory is read again where a class is above the label.
         quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
+        # Copies that begin after the stores are those of a row behind one with a list.
+        quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDGSTS") and i > max(stores)}
         head, back, _ = min(around, key=lambda x: len(x[2]))
         return Piece.of(self.code[i] for i in [*self._way(head, back, quiet), back])
 

@@ -57,18 +57,18 @@ class Limits(NamedTuple):
 HELD = "sort_kd_heldI{}LNS0_4KindE{}ELi{}ELi{}ELNS0_4ModeE{}"
 BF16, F16 = "NS0_8BFloat16E", "NS0_4HalfE"
 CUDA = (
-    Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2000, 36, 2.4, 16, 26),
-    Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 2300, 43.5, 2.4, 16, 33.2),
-    Limits(HELD.format("f", 1, 8, "n1", 0), 4, 32, 128, 2420, 39, 2.4, 16, 29),
-    Limits(HELD.format("f", 1, 8, "n1", 1), 4, 32, 128, 2760, 46.8, 2.4, 16, 35),
+    Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2330, 44.5, 2.4, 16, 25.6),
+    Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 2640, 52.5, 2.4, 16, 32.9),
+    Limits(HELD.format("f", 1, 8, "n1", 0), 4, 32, 128, 2600, 47.5, 2.4, 16, 25.9),
+    Limits(HELD.format("f", 1, 8, "n1", 1), 4, 32, 128, 2900, 54.6, 2.4, 16, 33),
     *(
         limits
         for dtype in (BF16, F16)
         for limits in (
-            Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2060, 37.2, 2.4, 8, 26.8),
-            Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2440, 45.4, 2.4, 8, 34),
-            Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 2480, 40, 2.4, 8, 29.9),
-            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2840, 47.6, 2.4, 8, 35.5),
+            Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2310, 43.6, 2.4, 8, 26.2),
+            Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2610, 51.2, 2.4, 8, 33.3),
+            Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 2610, 47.5, 2.4, 8, 27.2),
+            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2900, 54.8, 2.4, 8, 34.1),
         )
     ),
 )

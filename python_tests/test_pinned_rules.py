@@ -150,6 +150,28 @@ def test_no_contribution_where_the_teacher_has_no_probability(backend, decoupled
     assert not student.grad[:, 7:].any()
 
 
+@pytest.mark.parametrize("C", (9, 1500))  # of which the kernels keep a row in lanes of a warp, and in a block
+@pytest.mark.parametrize("mask", (-math.inf, torch.finfo(F32).min, -1e30, -(2.0**100), -65504.0))
+@EVERY_BACKEND
+def test_masked_classes_and_labels(backend, mask, C):
+    """Whatever number means "not this class" to the user, also at the label: kernels have such a number of their own."""
+    rows = cases.make_rows(12, C)
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    target = rows.target.clamp(0, C - 4)
+    for logits in (student, teacher):
+        logits[:, -3:] = mask
+    if mask > -1e31:  # a label's loss of 1e38 times T^2 would be no float
+        target[3], target[4] = C - 1, C - 2
+        student[4, -2] = teacher[5, target[5]] = 2 * mask
+    masked = cases.Rows(student, teacher, target)
+    for variant in (cases.BY_NAME["rows"], cases.BY_NAME["T4-ce-rows"]):
+        got, want = cases.run(masked, variant, backend), cases.truth(masked, variant)
+        # A loss of some 1e30 times a probability, or of a few roundings of entropies about 1.
+        torch.testing.assert_close(got.loss.double(), want.loss.double(), rtol=1e-5, atol=1e-5)
+        # A float's spacing is 1e-7 of the probabilities' sum, at a temperature of at most 4.
+        torch.testing.assert_close(got.grad.double(), want.grad.double(), rtol=1e-5, atol=4e-6)
+
+
 @EVERY_BACKEND
 def test_a_class_impossible_for_the_student_alone_costs_infinity(backend):
     """The formula's own value: p' > 0 where q = 0. The gradient there is -T p', not NaN."""

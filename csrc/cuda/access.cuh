@@ -28,6 +28,7 @@ struct Vectors {
   SORTKD_DEVICE int begin() const { return head > 0; }
   SORTKD_DEVICE int whole() const { return static_cast<int>(static_cast<unsigned>(head + p.C) / W); }
   SORTKD_DEVICE bool inner(int g) const { return g >= begin() && g < whole(); }
+  SORTKD_DEVICE bool has_edges() const { return (head | (head + p.C) % W) != 0; }
   SORTKD_DEVICE int before() const { return head > 0 ? W - head : 0; }
   SORTKD_DEVICE int after() const { return max(whole(), begin()) * W - head; }
 

@@ -42,6 +42,35 @@ SORTKD_DEVICE V warp_merged(V value) {
   return value;
 }
 
+// Up to four sums over a warp, of which lane 8 i has the i-th: half the shuffles of all sums in every lane.
+template <int n>
+SORTKD_DEVICE float warp_scattered(const Sums<float, n>& sums) {
+  static_assert(n <= 4);
+  float held[4]{};
+#pragma unroll
+  for (int i = 0; i < n; ++i) held[i] = sums.of[i];
+  const auto halve = [&](int offset, int count) {
+    const bool upper = lane_id() & static_cast<unsigned>(offset);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float kept = upper ? held[i + count] : held[i], given = upper ? held[i] : held[i + count];
+      held[i] = kept + __shfl_xor_sync(kFullMask, given, offset);
+    }
+  };
+  halve(16, 2);
+  halve(8, 1);
+#pragma unroll
+  for (int offset = 4; offset >= 1; offset /= 2) held[0] += __shfl_xor_sync(kFullMask, held[0], offset);
+  return held[0];
+}
+template <int n>
+SORTKD_DEVICE Sums<float, n> warp_gathered(float scattered) {
+  Sums<float, n> sums;
+#pragma unroll
+  for (int i = 0; i < n; ++i) sums.of[i] = __shfl_sync(kFullMask, scattered, 8 * i);
+  return sums;
+}
+
 // What block_merged takes of shared memory: a value of at most so many bytes for each thread.
 constexpr int kMergingBytes = 16;
 
@@ -126,7 +155,7 @@ struct Group {
     static_assert(sizeof(V) <= kPartialBytes);
     if constexpr (kind == Kind::Lanes) {
 #pragma unroll 1
-      for (int offset = size / 2; offset >= 1; offset /= 2) value.merge(value.shuffled_xor(offset));
+      for (int offset = size >> 1; offset >= 1; offset >>= 1) value.merge(value.shuffled_xor(offset));
       return value;
     }
     const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
@@ -155,6 +184,39 @@ struct Group {
 #pragma unroll 1
     for (int i = lane; i < warps * cluster; i += 32) value.merge(partial[i]);
     return warp_merged(value);
+  }
+
+  // The sums over a row of a warp or of blocks, in few instructions, and whether any of its threads says so. The first
+  // sum is not negative: for a warp that says so its sign does.
+  template <int n>
+  SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, bool& says) {
+    float mine = warp_scattered(sums);
+    says = __any_sync(kFullMask, says);
+    if constexpr (kind == Kind::Lanes) return warp_gathered<n>(mine);
+    const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
+    // Eight lanes have each sum, as many as a cluster has blocks.
+    const int lane = static_cast<int>(lane_id()), to = lane % 8;
+    if (says && lane < 8) mine = -mine;
+    float4* const partial = reinterpret_cast<float4*>(shared_memory() + turn * kPartialBytes * warps * cluster);
+    turn ^= 1;
+    float* const place = reinterpret_cast<float*>(partial + static_cast<int>(rank) * warps + warp) + lane / 8;
+    if (cluster > 1) {
+      if (to < cluster) *in_block(place, static_cast<unsigned>(to)) = mine;
+      cluster_barrier();
+    } else {
+      if (to == 0) *place = mine;
+      __syncthreads();
+    }
+    Sums<float, 4> all{};
+    says = false;
+#pragma unroll 1
+    for (int i = lane; i < warps * cluster; i += 32) {
+      const float4 part = partial[i];
+      all.merge({fabsf(part.x), part.y, part.z, part.w});
+      says |= __float_as_int(part.x) < 0;
+    }
+    says = __any_sync(kFullMask, says);
+    return warp_gathered<n>(warp_scattered(all));
   }
 };
 

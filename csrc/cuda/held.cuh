@@ -2,10 +2,10 @@
 // takes one exponential.
 //
 // A thread's vectors come through shared memory, which no other thread needs: while a row is computed, the next one is
-// on its way there. In shared memory a class has an index, so what a row must not count is set to -infinity before it
-// is loaded into registers: the classes of its neighbours, the label, and the classes above the label, which are put on
-// a list; trained teachers have few. The list's classes join the sums with their corrected values, and their gradients,
-// as the label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum.
+// on its way there. In shared memory a class has an index, so what a row must not count is blanked before it is loaded
+// into registers: the classes of its neighbours, the label, and the classes above the label, which are put on a list;
+// trained teachers have few. The list's classes join the sums with their corrected values, and their gradients, as the
+// label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum.
 //
 // Exponentials are relative to the label's own logits, which takes no search for maxima. Where a sum then leaves the
 // range of its type the row is read again, class by class, relative to its maxima.
@@ -18,15 +18,20 @@
 namespace sortkd {
 namespace cuda {
 
-struct Maxima {
-  float student, teacher;
-  SORTKD_DEVICE void merge(const Maxima& other) {
+// What is put together of a row's classes, or of those on its list.
+template <int n>
+struct Part {
+  Sums<float, n> sums{};
+  float student = -kInfinity<float>, teacher = -kInfinity<float>;  // the largest logits
+  SORTKD_DEVICE void merge(const Part& other) {
+    sums.merge(other.sums);
     student = fmaxf(student, other.student), teacher = fmaxf(teacher, other.teacher);
   }
-  SORTKD_DEVICE Maxima shuffled_xor(int offset) const {
-    return {__shfl_xor_sync(kFullMask, student, offset), __shfl_xor_sync(kFullMask, teacher, offset)};
+  SORTKD_DEVICE Part shuffled_xor(int offset) const {
+    return {sums.shuffled_xor(offset), __shfl_xor_sync(kFullMask, student, offset),
+            __shfl_xor_sync(kFullMask, teacher, offset)};
   }
-  static SORTKD_DEVICE Maxima none() { return {-kInfinity<float>, -kInfinity<float>}; }
+  static SORTKD_DEVICE Part none() { return {}; }
 };
 
 // kLogLanes: of the lanes of a row, -1 where the launch says.
@@ -36,13 +41,21 @@ struct HeldRows {
   static constexpr int W = V::W, kValues = kHeld * W;
   static constexpr bool kCe = kMode == Mode::KdCe;
   static constexpr float kLowest = -kInfinity<float>;
-  enum { kZStudent, kZTeacher, kCross, kZCe, kHigher = kCe ? 4 : 3 };
-  using RowSums = Sums<float, kHigher + (kKind == Kind::Block)>;
+  // What a blank class holds: beside a label that is small its exponentials are 0, and their product with the difference
+  // of the exponents is a number. Halves have no such number.
+  static constexpr bool kBlankIsFinite = !std::is_same_v<X, Half>;
+  static constexpr float kBlank = kBlankIsFinite ? -0x1p100f : kLowest;
+  enum { kZStudent, kZTeacher, kCross, kZCe };
+  static constexpr int kSums = kCe ? 4 : 3;
+  using RowSums = Sums<float, kSums>;
+  // Whether the threads that take their steps together have one row, so that there is no row beyond the last.
+  static constexpr bool kOneRow = kKind == Kind::Block || kLogLanes == 5;
   // From a vector of a thread to its next one, and from the student's to the teacher's.
   static constexpr int kNext = kWarp, kTeacher = kHeld * kWarp;
 
   // What is left of a row's logits.
   struct Pass {
+    V access;
     float s[kValues], t[kValues];  // their exponentials
     RowSums sums;                  // of this thread
     float student_label, teacher_label, threshold;
@@ -59,7 +72,7 @@ struct HeldRows {
   uint4* const stage;
   const int rows;
   const float scale, fourth;  // fourth: whether e^4 is the exponential of the cross-entropy
-  int count;                  // rows that count in a mean; -1: not known yet
+  float weight;               // of a row in the result
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
@@ -69,16 +82,21 @@ struct HeldRows {
         rows(static_cast<int>(p.rows)),
         scale(p.inverse_temperature * static_cast<float>(kLog2e)),
         fourth(p.power == 4 ? 1.0f : 0.0f),
-        count(-1) {}
+        weight(1) {}
 
   SORTKD_DEVICE int log_lanes() const { return kLogLanes >= 0 ? kLogLanes : p.log_lanes; }
   static SORTKD_DEVICE int first_vector() {
     return static_cast<int>(threadIdx.x / kWarp) * (stage_bytes(kKind, kHeld, W) / 16) + static_cast<int>(lane_id());
   }
 
-  // Starts the row's way to shared memory.
-  SORTKD_DEVICE void fetch(int row) const {
-    if (row >= rows) return;
+  SORTKD_DEVICE bool here(int row) const { return kOneRow || row < rows; }
+  // Whether one of the rows that take their steps together says so.
+  SORTKD_DEVICE bool any(bool says) const { return kOneRow ? says : group.any(says); }
+
+  // Starts the row's way to shared memory, and returns its label.
+  SORTKD_DEVICE int64_t fetch(int row) const {
+    if (row >= rows) return 0;
+    const int64_t label = p.target[row];
     const V access(p, row);
     const uint4* const student = compiler_barrier(access.student4(group.member));
     const uint4* const teacher = compiler_barrier(access.teacher4(group.member));
@@ -89,57 +107,62 @@ struct HeldRows {
       copy_async(stage + kNext * j, student + group.size * j);
       copy_async(stage + kTeacher + kNext * j, teacher + group.size * j);
     }
+    return label;
   }
 
   // Class i of vector j of the thread that is `lanes` further.
   SORTKD_DEVICE X* staged(int j, int i, int lanes = 0) const { return reinterpret_cast<X*>(stage + lanes + kNext * j) + i; }
   SORTKD_DEVICE void blank(int j, int i) const {
-    *staged(j, i) = narrowed<X>(kLowest);
-    staged(j, i)[kTeacher * W] = narrowed<X>(kLowest);
+    *staged(j, i) = narrowed<X>(kBlank);
+    staged(j, i)[kTeacher * W] = narrowed<X>(kBlank);
   }
   SORTKD_DEVICE int class_of(const V& access, int j, int i) const {
     return (group.member + group.size * j) * W + i - access.head;
   }
   SORTKD_DEVICE float* notes() const { return reinterpret_cast<float*>(shared_memory() + p.list.notes); }
 
-  // Adds a class. Where p is 0 it counts 0, whatever q.
+  // Where p is 0 a class counts 0, whatever q.
+  static SORTKD_DEVICE void add_cross(RowSums& sums, float u, float v, float e_t) {
+    if (e_t != 0.0f) sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
+  }
+  template <bool kFinite>
   SORTKD_DEVICE void add(RowSums& sums, float u, float v, float e, float e_t) const {
     sums.of[kZStudent] += e;
     sums.of[kZTeacher] += e_t;
-    if (e_t != 0.0f) sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
+    if constexpr (kFinite)
+      sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
+    else
+      add_cross(sums, u, v, e_t);
     // e^4 or e^2, with no branch; e itself has been added.
     if constexpr (kCe) sums.of[kZCe] = fmaf(e * e, fmaf(e * e, fourth, 1.0f - fourth), sums.of[kZCe]);
   }
 
-  // All rows of the group. A turn is one row's, but for the first and for what follows a list in the memory of the next
-  // row's logits: nothing is on its way then, and the turn fetches only.
-  SORTKD_DEVICE void run(int row, int step) {
-    int ahead = 0;
-    int64_t label = p.config.ignore_index;
+  // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
+  // the next one's logits, that one waits.
+  SORTKD_DEVICE int run(int row) {
+    int64_t label = fetch(row);
+    int count = 0;
+    if (p.mean) count = counted_rows(p), weight = reciprocal(static_cast<float>(count));
+    const int lane_row = kOneRow ? 0 : static_cast<int>(lane_id()) >> log_lanes();
 #pragma unroll 1
-    for (int tile = group.index(); tile < static_cast<int>(p.tiles);) {
-      Pass pass;
-      if (ahead) take(pass, row, label);
-      const int next = ahead ? row + step : row;
-      if (!pass.shares) {
-        label = next < rows ? p.target[next] : p.config.ignore_index;
-        fetch(next);
-      }
-      if (ahead) {
-        finish(pass, row);
-        tile += p.groups, row += step;
-      } else if (p.mean && count < 0) {
-        count = counted_rows(p);
-      }
-      ahead = !pass.shares;
+    while (row - lane_row < rows) {
+      Pass pass{V(p, here(row) ? row : 0)};
+      take(pass, row, label);
+      const int next = row + p.step;
+      if (!pass.shares) label = fetch(next);
+      finish(pass, row);
+      if (pass.shares) label = fetch(next);
+      row = next;
     }
+    return count;
   }
 
   // The pass that takes the exponentials and their sums.
   SORTKD_DEVICE void take(Pass& pass, int row, int64_t label) const {
-    const bool counts = label != p.config.ignore_index;
-    assert((!counts || (label >= 0 && label < p.C)) && "a label is outside [0, C)");
-    const V access(p, row < rows ? row : 0);
+    const bool is_class = static_cast<uint64_t>(label) < static_cast<unsigned>(p.C);
+    assert((is_class || label == p.config.ignore_index) && "a label is outside [0, C)");
+    const bool counts = here(row) && is_class && static_cast<int>(label) != p.ignored;
+    const V& access = pass.access;
     const int y = counts ? static_cast<int>(label) : 0;
     const unsigned place = static_cast<unsigned>(y + access.head);
     const int label_vector = static_cast<int>(place / W), label_i = static_cast<int>(place % W);
@@ -151,25 +174,31 @@ struct HeldRows {
     pass.has_label = counts && label_vector - label_j * group.size == group.member;
 
     copies_wait();
-    pass.student_label = pass.teacher_label = 0;
     if constexpr (kKind == Kind::Lanes) {
       __syncwarp();
-      if (counts) {
-        const X* const at = staged(label_j, label_i, label_vector - label_j * group.size - group.member);
-        pass.student_label = widened(*at), pass.teacher_label = widened(at[kTeacher * W]);
-      }
+      const X* const at = staged(label_j, label_i, label_vector - label_j * group.size - group.member);
+      pass.student_label = widened(*at), pass.teacher_label = widened(at[kTeacher * W]);
       __syncwarp();
-    } else if (counts) {
-      pass.student_label = access.student(y), pass.teacher_label = access.teacher(y);
+      if (!counts) pass.student_label = pass.teacher_label = 0;
+    } else {
+      pass.student_label = pass.teacher_label = 0;
+      if (counts) pass.student_label = access.student(y), pass.teacher_label = access.teacher(y);
     }
 
     // What is not of the row, nor is another class than the label.
     const int whole = counts ? access.whole() : 0;
 #pragma unroll 1
-    for (int j = kHeld - 1; j >= 0 && group.member + group.size * j >= whole; --j)
+    for (int j = kHeld - 1; j >= 0 && group.member + group.size * j >= whole; --j) {
+      if (!counts || group.member + group.size * j >= access.count) {
+        float values[W];
 #pragma unroll
-      for (int i = 0; i < W; ++i)
-        if (!counts || class_of(access, j, i) >= p.C) blank(j, i);
+        for (float& value : values) value = kBlank;
+        stage[kNext * j] = stage[kTeacher + kNext * j] = pack<X>(values);
+      } else {
+#pragma unroll 1
+        for (int i = W - 1; class_of(access, j, i) >= p.C; --i) blank(j, i);
+      }
+    }
     if (group.member == 0)
 #pragma unroll 1
       for (int i = 0; i < access.head; ++i) blank(0, i);
@@ -178,7 +207,7 @@ struct HeldRows {
     uint4 raw_s[kHeld], raw_t[kHeld];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) raw_s[j] = stage[kNext * j];
-    pass.threshold = p.config.correction != Correction::None || p.rank ? pass.teacher_label : kInfinity<float>;
+    pass.threshold = pass.teacher_label + p.over_label;
     pass.higher = 0;
     const auto load_teacher = [&] {
 #pragma unroll
@@ -189,9 +218,11 @@ struct HeldRows {
 #pragma unroll 1
       for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {  // a count that is not known is not unrolled
         X* const at = staged(n / W, n % W) + kTeacher * W;
-        if (widened(*at) > pass.threshold) {
+        // What is blank is above a label of -infinity.
+        const int c = class_of(access, n / W, n % W);
+        if (widened(*at) > pass.threshold && static_cast<unsigned>(c) < static_cast<unsigned>(p.C) && c != y) {
           pass.higher |= 1u << n;
-          *at = narrowed<X>(kLowest);
+          *at = narrowed<X>(kBlank);
         }
       }
       load_teacher();
@@ -209,35 +240,42 @@ struct HeldRows {
       for (int i = 0; i < W; ++i) {
         const float u = fmaf(s[i], scale, pass.offset_s), v = fmaf(t[i], scale, pass.offset_t);
         s[i] = power_of_two(u), t[i] = power_of_two(v);
-        add(pass.sums, u, v, s[i], t[i]);
+        add<kBlankIsFinite>(pass.sums, u, v, s[i], t[i]);
       }
     }
-    if constexpr (kKind == Kind::Block)
-      pass.sums.of[kHigher] = pass.higher ? 1.0f : 0.0f;
-    else
-      pass.shares = __any_sync(kFullMask, pass.higher);
+    if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
+      pass.sums.of[kCross] = 0;
+#pragma unroll 1
+      for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {
+        const X* const at = staged(n / W, n % W);
+        const float v = fmaf(widened(at[kTeacher * W]), scale, pass.offset_t);
+        add_cross(pass.sums, fmaf(widened(*at), scale, pass.offset_s), v, power_of_two(v));
+      }
+    }
+    if constexpr (kKind == Kind::Lanes) pass.shares = __any_sync(kFullMask, pass.higher);
   }
 
   // The sums put together, the losses, and the gradient.
   SORTKD_DEVICE void finish(Pass& pass, int row) {
-    const bool here = row < rows, counts = pass.y >= 0;
-    const V access(p, here ? row : 0);
+    const bool counts = pass.y >= 0;
+    const V& access = pass.access;
     const float threshold = pass.threshold, student_label = pass.student_label, teacher_label = pass.teacher_label;
     float offset_s = pass.offset_s, offset_t = pass.offset_t;
-    RowSums sums{}, part = pass.sums;
+    // The rows of a warp take the steps of the list together.
+    bool fix = kKind == Kind::Block ? pass.higher : pass.shares;
+    RowSums sums = kOneRow ? group.merged(pass.sums, fix) : group.merged(pass.sums);
     const auto z_ce = [&] { return !kCe || p.power == 1 ? sums.of[kZStudent] : sums.of[kCe ? kZCe : 0]; };
-    bool fix = false, slow = false;
+    const auto scaled = [&](float z_t) {
+      const float C = static_cast<float>(p.C);
+      return well_scaled(sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(), C));
+    };
     int listed = 0;
-    float top = teacher_label, second = teacher_label;
-    // A second time with what the list adds, or with all that is relative to the maxima.
-#pragma unroll 1
-    for (bool again = false;; again = true) {
-      part = group.merged(part);
-      if (slow) sums = {};
-      sums.merge(part);
-      if (again) break;
-      // The rows of a warp take the steps of the list together.
-      fix = kKind == Kind::Block ? sums.of[kHigher] > 0.0f : pass.shares;
+    float top = teacher_label;
+    if (kKind == Kind::Block && p.overflow && group.member == 0) p.overflow[row] = 0;
+    const auto is_small = [](float label) { return fabsf(label) < 0x1p99f; };  // beside kBlank
+    bool slow = counts & !(is_small(student_label) & is_small(teacher_label) & scaled(sums.of[kZTeacher]));
+    if (fix || any(slow)) {
+      float second = teacher_label;
       if (fix) {
         list.clear();
 #pragma unroll 1
@@ -247,14 +285,11 @@ struct HeldRows {
         }
         group.sync();
         listed = list.counted();
-      }
-      const bool fits = kKind == Kind::Lanes || listed <= p.list.room;
-      if (kKind == Kind::Block && p.overflow && group.member == 0) p.overflow[row] = !fits;
-      if (!fits) {
-        group.sync();
-        return;
-      }
-      if (fix) {
+        const bool fits = kKind == Kind::Lanes || listed <= p.list.room;
+        if (!fits) {
+          if (group.member == 0) p.overflow[row] = 1;
+          return;
+        }
         if (group.keeps_list()) {
           list.put_in_order(listed);
           if (listed > 0) top = list[0].value();
@@ -271,54 +306,58 @@ struct HeldRows {
       }
       if (p.config.correction == Correction::None) second = top;
 
-      const float C = static_cast<float>(p.C);
       // What is on the list is the largest there is of the teacher.
-      float z_t = sums.of[kZTeacher];
-      if (listed > 0) z_t = fmaxf(z_t, power_of_two(fmaf(second, scale, offset_t)));
-      slow = counts && !(well_scaled(sums.of[kZStudent], C) && well_scaled(z_t, C) && well_scaled(z_ce(), C));
-      const bool any_slow = group.any(slow);
-      if (!fix && !any_slow) break;
-      part = {};
-      if (any_slow) {
-        const auto each = [&](auto&& f) {
-#pragma unroll 1
-          for (int c = group.member; slow && c < p.C; c += group.size)
-            if (c != pass.y) f(access.student(c), access.teacher(c));
-        };
-        Maxima maxima = Maxima::none();
-        each([&](float a, float b) { maxima.merge({a, b > threshold ? kLowest : b}); });
-        maxima = group.merged(maxima);
-        if (listed > 0) maxima.teacher = fmaxf(maxima.teacher, second);
-        if (slow) {
-          offset_s = -(reference_of(maxima.student, student_label) * scale);
-          offset_t = -(reference_of(maxima.teacher, teacher_label) * scale);
-        }
-        each([&](float a, float b) {
-          const float u = fmaf(a, scale, offset_s), v = fmaf(b, scale, offset_t);
-          add(part, u, v, power_of_two(u), b > threshold ? 0.0f : power_of_two(v));
-        });
+      if (listed > 0) {
+        const float v = fmaf(second, scale, offset_t);
+        slow = counts && !(is_small(student_label) && is_small(teacher_label) && v < log2_of(256 * static_cast<float>(p.C)) &&
+                           scaled(v > -80 ? 1.0f : sums.of[kZTeacher]));
       }
-      if (fix && group.keeps_list())
+      // Of rows that leave the range of their sums, the maxima first, and then the sums relative to these.
+      Part<kSums> part;
+      const bool any_slow = any(slow);
 #pragma unroll 1
-        for (int at = group.list_member(); at < listed; at += group.list_size()) {
-          const float u = fmaf(access.student(list[at].c()), scale, offset_s);
-          const float v = fmaf(list.corrected(at, p.config.correction, listed, teacher_label), scale, offset_t),
-                      e_t = power_of_two(v);
-          part.of[kZTeacher] += e_t;
-          if (e_t != 0.0f) part.of[kCross] = fmaf(e_t, v - u, part.of[kCross]);
+      for (bool to_maxima = any_slow;; to_maxima = false) {
+        part = {};
+#pragma unroll 1
+        for (int c = group.member; slow && c < p.C; c += group.size) {
+          if (c == pass.y) continue;
+          const float a = access.student(c), b = access.teacher(c);
+          const bool high = b > threshold;
+          const float u = fmaf(a, scale, offset_s), v = fmaf(b, scale, offset_t);
+          part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
+          add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
         }
+        if (!to_maxima && fix && group.keeps_list())
+#pragma unroll 1
+          for (int at = group.list_member(); at < listed; at += group.list_size()) {
+            const float u = fmaf(access.student(list[at].c()), scale, offset_s);
+            const float v = fmaf(list.corrected(at, p.config.correction, listed, teacher_label), scale, offset_t);
+            const float e_t = power_of_two(v);
+            part.sums.of[kZTeacher] += e_t;
+            add_cross(part.sums, u, v, e_t);
+          }
+        part = group.merged(part);
+        if (!to_maxima) break;
+        if (slow) {
+          if (listed > 0) part.teacher = fmaxf(part.teacher, second);
+          offset_s = -(reference_of(part.student, student_label) * scale);
+          offset_t = -(reference_of(part.teacher, teacher_label) * scale);
+          sums = {};
+        }
+      }
+      sums.merge(part.sums);
+      if (p.config.correction == Correction::None) top = teacher_label;
     }
 
-    if (p.config.correction == Correction::None) top = teacher_label;
     const KdSums row_sums{
         sums.of[kZStudent],        sums.of[kZTeacher], sums.of[kCross], z_ce(), fmaf(student_label, scale, offset_s),
         fmaf(top, scale, offset_t)};
-    float weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : 1.0f;
-    if (p.mean) weight *= reciprocal(static_cast<float>(count));
-    KdTerms on = kd_terms(p, row_sums, p.temperature_value, weight * p.kd_weight * p.temperature_value, weight * p.ce_weight,
-                          kCe ? p.power : 0);
-    if (!counts) on = {};
-    if (here && group.member == 0) write_row(p, group.slot, row, on.kd, on.ce, listed);
+    // The sums of a row that does not count are 0, so that its terms are.
+    float weight = counts ? this->weight : 0.0f;
+    if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
+    const KdTerms on = kd_terms(p, row_sums, p.temperature_value, weight * p.kd_weight * p.temperature_value,
+                                weight * p.ce_weight, kCe ? p.power : 0);
+    if (here(row) && group.member == 0) write_row(p, group.slot, row, on.kd, on.ce, listed);
     if (p.grad) {
       // Of the exponential's first, second and fourth power.
       const float first = on.on_student + (p.power == 1 ? on.on_ce : 0.0f), second = p.power == 2 ? on.on_ce : 0.0f;
@@ -339,7 +378,7 @@ struct HeldRows {
         group.sync();
       }
       const bool by_class = slow || p.scalar_grads;
-      const int end = here && !by_class ? access.whole() - group.member : 0;
+      const int end = here(row) && !by_class ? access.whole() - group.member : 0;
       uint4* const to = compiler_barrier(access.grad4(group.member));
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
@@ -348,7 +387,7 @@ struct HeldRows {
         for (int i = 0; i < W; ++i) grads[i] = gradient(pass.s[j * W + i], pass.t[j * W + i]);
         store_if(group.size * j < end && (j > 0 || group.member >= access.begin()), to + group.size * j, pack<X>(grads));
       }
-      if (here)
+      if (here(row) && (by_class || access.has_edges()))
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y,
                   [&](int c) { return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f; });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
@@ -360,7 +399,7 @@ struct HeldRows {
           for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
       }
     }
-    if (fix) group.sync();  // the next row takes this one's list
+    if (kKind == Kind::Lanes && fix) group.sync();  // the next row's logits take the list's place
   }
 };
 
@@ -374,8 +413,8 @@ __global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowB
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
   if (group.blocks() > 1) cluster_barrier();  // the others' shared memory is there
   HeldRows<X, kKind, kHeld, kLogLanes, kMode> rows(p, group);
-  rows.run(group.index() * slots + group.slot, p.groups * slots);
-  if (p.reduced && group.keeps_list()) reduce(p, max(rows.count, 0), slots, group.index());
+  const int count = rows.run(group.index() * slots + group.slot);
+  if (p.reduced && group.keeps_list()) reduce(p, count, slots, group.index());
   if (group.blocks() > 1) cluster_barrier();  // others may still look into this block's memory
 }
 

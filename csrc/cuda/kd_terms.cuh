@@ -12,7 +12,7 @@ namespace cuda {
 // the others that the logarithms of the sums would be large numbers with a small difference.
 template <typename T>
 SORTKD_DEVICE bool well_scaled(T z, T C) {
-  return z > static_cast<T>(0x1p-80) && z < T(256) * C;
+  return (z > static_cast<T>(0x1p-80)) & (z < T(256) * C);
 }
 
 // What exponents are relative to where the label does not do: the largest of the others, or nothing at all.
@@ -64,7 +64,7 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
   const float u = sums.u_label - shift_s, v = sums.v_label - shift_t;
   const float label_s = power_of_two(u), label_t = power_of_two(v);
   const float z_s = sums.z_student * by_s, z_t = sums.z_teacher * by_t;
-  const float cross = expected(by_t, sums.cross - expected(sums.z_teacher, shift_t - shift_s)) * static_cast<float>(kLn2);
+  const float cross = expected(by_t, sums.cross - sums.z_teacher * (shift_t - shift_s)) * static_cast<float>(kLn2);
   const float gap = expected(label_t, (v - u) * static_cast<float>(kLn2));
   const float all_s = z_s + label_s, all_t = z_t + label_t;
   const float inverse_s = reciprocal(all_s), inverse_t = reciprocal(all_t);

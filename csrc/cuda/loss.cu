@@ -189,6 +189,7 @@ struct Plan {
     p.scalar_grads = apart && args.grad_student ? p.C : 0;
     p.shift = static_cast<int>(reinterpret_cast<uintptr_t>(args.student) % 16 / bytes_of(args.student_dtype));
     p.target = args.target;
+    p.ignored = config.ignore_index >= 0 && config.ignore_index < C ? static_cast<int>(config.ignore_index) : -1;
     p.temperature = static_cast<const T*>(args.temperature);
     p.temperature_stride = static_cast<int>(args.temperature_stride);
     p.temperature_value = static_cast<T>(config.temperature);
@@ -198,6 +199,7 @@ struct Plan {
     p.grad_temperature = static_cast<T*>(args.grad_temperature);
     p.rank = args.rank;
     p.config = config;
+    p.over_label = config.correction != Correction::None || args.rank ? T(0) : std::numeric_limits<T>::infinity();
     p.decoupled = config.decoupled();
     p.with_ce = config.with_ce();
     p.moments = config.standardize || args.grad_temperature;
@@ -285,6 +287,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.cluster = shape.cluster;
   while (1 << p.log_lanes < shape.lanes) ++p.log_lanes;
   p.groups = plan.blocks / shape.cluster;
+  p.step = p.groups * shape.rows;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
   const Launch on_rows = place_lists(shape, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);

@@ -25,6 +25,7 @@ struct Params {
   int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
   int shift;         // classes from a multiple of 16 bytes to the first row
   const int64_t* target;
+  int ignored;           // the class that is ignored; -1: none of them
   const T* temperature;  // or null: temperature_value
   int temperature_stride;
   T temperature_value, inverse_temperature;
@@ -35,12 +36,13 @@ struct Params {
 
   LossConfig config;
   T kd_weight, ce_weight, alpha, beta;  // of `config`, in the arithmetic's type
+  T over_label;                         // infinity where no class is above the label, else 0
   bool decoupled, with_ce, moments;
   int power;  // of the exponential at temperature 1, for Mode::KdCe
 
-  // Lanes a row (Kind::Lanes); blocks a row (Kind::Block); blocks or clusters of the grid; how many of their turns take
-  // all rows.
-  int log_lanes, cluster, groups;
+  // Lanes a row (Kind::Lanes); blocks a row (Kind::Block); blocks or clusters of the grid, and how many rows these take at
+  // a time; how many of their turns take all rows.
+  int log_lanes, cluster, groups, step;
   int64_t tiles;
   ListPlaces list;
   int totals, merging, stage;  // as the lists' places

@@ -266,7 +266,7 @@ struct Row {
         list_top_k(row);
       else
         teacher_label = counts ? access.teacher(y) : T(0);
-      threshold = p.config.correction != Correction::None || p.rank ? teacher_label : kInfinity<T>;
+      threshold = teacher_label + p.over_label;
 
       of_student.scale = of_teacher.scale = inverse * kBits;
       if constexpr (kGeneral) {
