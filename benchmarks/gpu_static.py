@@ -126,7 +126,7 @@ class Kernel:
         skipped = {i for _, _, body in self._loops for i in body}
         # Of the instructions that end the kernel for every thread, or for those that are left, that of the busiest way.
         ends = [i for i in self._order[0] if self.code[i].opcode == "EXIT" and not self.code[i].conditional]
-        ways = [[*self._way(0, end), end] for end in ends]
+        ways = [[*self._way(0, end, self._quiet), end] for end in ends]
         return Piece.of(self.code[i] for i in max(ways, key=self._work) if i not in skipped)
 
     @cached_property
@@ -139,14 +139,18 @@ class Kernel:
         around = [x for x in self._all_loops if all(i in x[2] for i in stores)]
         if not stores or not around:
             return None
-        inside = [x[2] for x in self._all_loops]
-        quiet = {i for body in inside if not any(self.code[i].wide == 16 for i in body) for i in body}
         # What lies in shared memory is read again where a class is above the label.
-        quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
+        quiet = self._quiet | {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
         # Copies that begin after the stores are those of a row behind one with a list.
         quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDGSTS") and i > max(stores)}
         head, back, _ = min(around, key=lambda x: len(x[2]))
         return Piece.of(self.code[i] for i in [*self._way(head, back, quiet), back])
+
+    @cached_property
+    def _quiet(self) -> set[int]:
+        """Loops without accesses of 16 bytes: over labels, sums of other rows, and the classes above the label."""
+        inside = [x[2] for x in self._all_loops]
+        return {i for body in inside if not any(self.code[i].wide == 16 for i in body) for i in body}
 
     @cached_property
     def _next(self) -> list[list[int]]:

@@ -216,7 +216,7 @@ def test_a_teachers_keys_are_for_those_who_have_one():
 def test_what_cannot_be_planned_is_refused_before_anything_runs(words, message, capsys):
     with pytest.raises(SystemExit, match=message):
         main(words)
-    for word, option in (("none", "--seeds"), ("resnet56", "--pairs"), ("-1", "--minutes")):
+    for word, option in (("none", "--seeds"), ("resnet56", "--pairs"), ("-1", "--minutes"), ("0", "--together")):
         with pytest.raises(SystemExit):
             parse([option, word])
         assert f"argument {option}" in capsys.readouterr().err
@@ -231,9 +231,11 @@ def test_lists_end_where_the_overrides_start():
 
 
 @pytest.mark.slow
-def test_it_goes_on_where_it_stopped(tmp_path, capsys):
+@pytest.mark.parametrize("together", ("1", "4"))
+def test_it_goes_on_where_it_stopped(tmp_path, capsys, together):
     """Stopped by its minutes, killed, then left alone: every run once, one table and one picture."""
     words = [*PAIR, "--methods", "CE", "KD", "Sort-KD", "--seeds", "1", "2", *TINY, "LOG.PREFIX", str(tmp_path)]
+    words += ["--together", together]
     folder = tmp_path / "cifar100_short"
     command = [sys.executable, str(ROOT / "train" / "reproduce.py"), *words]
     long = [*command, "SOLVER.EPOCHS", "100000", "EXPERIMENT.PROJECT", "long"]
@@ -264,8 +266,11 @@ def test_it_goes_on_where_it_stopped(tmp_path, capsys):
     assert shown.count("finished before") == 7 and table in shown
 
 
-def test_a_run_that_fails_leaves_the_others_going(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("together", ("1", "3"))
+@pytest.mark.filterwarnings("ignore:run 1 of 2 ended with ConfigError")
+def test_a_run_that_fails_leaves_the_others_going(tmp_path, capsys, together):
     words = [*PAIR, "--methods", "KD", "LSKD", "--seeds", "1", *TINY, "LOG.PREFIX", str(tmp_path)]
+    words += ["--together", together]
     blocked = tmp_path / "cifar100_short" / "kd_digits_teacher_digits_student"
     blocked.parent.mkdir()
     blocked.write_text("a file where a folder should be")

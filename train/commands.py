@@ -61,6 +61,8 @@ def _train_seeds(configs: Sequence[Config], world: World, *, resume: bool, toget
         for seeded in configs:  # all of them first: not the third after days with the first two
             check_new(seeded)
     if together:
+        if len(configs) < 2:
+            raise ConfigError(f"--together: expected two --seeds or more, got {len(configs)}")
         ends = train_together(configs, world, resume=resume)
         runs = [end for end in ends if not isinstance(end, Exception)]
         errors = [(c.EXPERIMENT.SEED, e) for c, e in zip(configs, ends, strict=True) if isinstance(e, Exception)]

@@ -36,13 +36,14 @@ def train(
     config: Config,
     world: World,
     *,
-    resume: bool = False,
+    resume: bool | None = False,
     overwrite: bool = False,
     quiet: bool = False,
     loaders: Loaders | None = None,
 ) -> Run:
     """Train to the last epoch, from the newest checkpoint with `resume`; the folder then holds the whole run.
 
+    With `resume` None a run goes on where there is a checkpoint, and starts without a word where there is none;
     `overwrite` removes an earlier run in the same folder; `quiet` leaves out the line of each epoch; `loaders` takes
     the place of the configured data's.
     """
@@ -52,7 +53,7 @@ def train(
 
 
 def train_together(
-    configs: Sequence[Config], world: World, *, resume: bool = False, quiet: bool = False
+    configs: Sequence[Config], world: World, *, resume: bool | None = False, quiet: bool = False
 ) -> list[Run | Exception]:
     """`train` for each of several configurations at the same time in this process, a step of each in turn.
 
@@ -61,8 +62,6 @@ def train_together(
     """
     if world.size > 1:
         raise ConfigError(f"--together: expected one process, got {world.size} ranks; without it they train in turn")
-    if len(configs) < 2:
-        raise ConfigError(f"--together: expected two --seeds or more, got {len(configs)}")
     if len({run_folder(config) for config in configs}) < len(configs):
         raise ConfigError("--together: expected runs with a folder each, got two for the same folder")
     runs = [_steps(config, world, resume=resume, quiet=quiet, line=line) for line, config in enumerate(configs)]
@@ -73,7 +72,7 @@ def _steps(
     config: Config,
     world: World,
     *,
-    resume: bool,
+    resume: bool | None,
     quiet: bool,
     overwrite: bool = False,
     loaders: Loaders | None = None,
@@ -84,9 +83,9 @@ def _steps(
 
     def start() -> Path | None:
         stack.enter_context(claimed(run_folder(config)))
-        if resume:
+        if resume or resume is None:
             newest = checkpoints.newest()
-            if newest is None:
+            if newest is None and resume:
                 text = f"--resume: no checkpoint in {checkpoints.folder} yet; starting from the beginning"
                 warnings.warn(text, stacklevel=2)
             return newest

@@ -8,17 +8,17 @@ from __future__ import annotations
 import _thread
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from .checkpoint import DamagedCheckpoint
 from .config import ConfigError, load_config, nearest
 from .distributed import World, join
-from .experiment import checkpoints_of, train
-from .guard import NonFiniteLoss
+from .ending import MENDABLE
+from .experiment import checkpoints_of, train, train_together
 from .naming import CORRECTED, method_label, pair_label, run_folder
 from .report import write_report
 from .schema import Config
@@ -61,8 +61,10 @@ def make_plan(
     return list(runs.values())
 
 
-def reproduce(plan: Sequence[Config], minutes: float | None) -> bool:
+def reproduce(plan: Sequence[Config], minutes: float | None, together: int = 1) -> bool:
     """Make the runs that are not finished yet, for as long as `minutes` last, and report those that are.
+
+    As many as `together` share the process, a step of each in turn.
 
     A run that fails is told and passed over, and with a teacher its students. Returns whether all are finished.
     """
@@ -73,8 +75,8 @@ def reproduce(plan: Sequence[Config], minutes: float | None) -> bool:
         if world.size > 1:
             raise ConfigError(f"reproduce: expected to be started as one process, got {world.size} ranks")
         with _time_limit(minutes):
-            for number, config in enumerate(plan, 1):
-                _make(config, f"[{number}/{len(plan)}]", world)
+            for some in _left(plan, together):
+                _make(some, world)
     finished = [run for config in plan if (run := _finished(config))]
     if finished:
         title = f"{experiment.PROJECT}, {plan[0].SOLVER.EPOCHS} epochs"
@@ -83,18 +85,48 @@ def reproduce(plan: Sequence[Config], minutes: float | None) -> bool:
     return len(finished) == len(plan)
 
 
-def _make(config: Config, place: str, world: World) -> None:
-    label = f"{place} {method_label(config)}, {pair_label(config)}, seed {config.EXPERIMENT.SEED}"
-    if _finished(config):
-        print(f"{label}: finished before")
-    elif config.DISTILLER.TYPE != "NONE" and not Path(config.TEACHER.WEIGHTS).exists():
-        print(f"{label}: passed over, its teacher is not there", file=sys.stderr)
-    else:
+def _left(plan: Sequence[Config], together: int) -> Iterator[dict[str, Config]]:
+    """The runs that are not finished by what they are called, as many at a time as go together.
+
+    A student comes after its teacher, or not at all where that has failed.
+    """
+    some: dict[str, Config] = {}
+    for number, config in enumerate(plan, 1):
+        label = f"[{number}/{len(plan)}] {method_label(config)}, {pair_label(config)}, seed {config.EXPERIMENT.SEED}"
+        if _finished(config):
+            print(f"{label}: finished before")
+            continue
+        if some and (len(some) == together or not _has_teacher(config)):
+            yield some
+            some = {}
+        if _has_teacher(config):
+            some[label] = config
+        else:
+            print(f"{label}: passed over, its teacher is not there", file=sys.stderr)
+    if some:
+        yield some
+
+
+def _has_teacher(config: Config) -> bool:
+    return config.DISTILLER.TYPE == "NONE" or Path(config.TEACHER.WEIGHTS).exists()
+
+
+def _make(runs: dict[str, Config], world: World) -> None:
+    for label, config in runs.items():
         print(f"{label}: {run_folder(config)}")
+    ends: list[Run | Exception]
+    if len(runs) > 1:
+        ends = train_together(list(runs.values()), world, resume=None)
+    else:
         try:
-            train(config, world, resume=bool(checkpoints_of(config).epochs()))
-        except (ConfigError, DamagedCheckpoint, NonFiniteLoss, OSError) as error:
-            print(f"{label}: {type(error).__name__}: {error}", file=sys.stderr)
+            ends = [train(config, world, resume=None) for config in runs.values()]
+        except MENDABLE as error:
+            ends = [error]
+    for label, end in zip(runs, ends, strict=True):
+        if isinstance(end, Exception):
+            if not isinstance(end, MENDABLE):
+                traceback.print_exception(end)
+            print(f"{label}: {type(end).__name__}: {end}", file=sys.stderr)
 
 
 def _finished(config: Config) -> Run | None:

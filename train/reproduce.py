@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: CE, and KD, DKD, CTKD, LSKD, each as it is and as Sort-",
     )
     parser.add_argument("--seeds", nargs="+", metavar="SEED", default=["1", "2", "3"], help="default: 1 2 3")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="runs at a time, for a GPU (1)")
     parser.add_argument("--minutes", type=float, help="stop after as many; by default when all is done")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="values over the recipes', for every run")
     arguments = parser.parse_intermixed_args(argv)
@@ -50,6 +51,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.seeds = [int(seed) for seed in arguments.seeds]
     if arguments.minutes is not None and not arguments.minutes > 0:
         parser.error(f"argument --minutes: expected more than 0, got {arguments.minutes:g}")
+    if arguments.together < 1:
+        parser.error(f"argument --together: expected 1 or more, got {arguments.together}")
     return arguments
 
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, methods = arguments.pairs or PAIRS, arguments.methods or METHODS
     with in_words(lambda: "the same command goes on"):
         plan = make_plan(arguments.protocol, pairs, methods, arguments.seeds, arguments.overrides)
-        done = reproduce(plan, arguments.minutes)
+        done = reproduce(plan, arguments.minutes, arguments.together)
     if not done:
         sys.exit("runs are left: the same command goes on with them")
 
