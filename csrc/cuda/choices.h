@@ -37,10 +37,11 @@ constexpr int kSmallBlock = 128;
 
 // Threads of a block that holds a row; beyond that a cluster of such blocks does. With 128 registers two such blocks
 // are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
-// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs: rows of more than
-// 131072 classes, on devices without clusters of more than 16384, are read twice, at four exponentials a class; rows of
-// floats of more than half as many, too, where a block has less than 170 KiB of shared memory.
-constexpr int kRowBlock = 256, kMostRowBlock = 512, kMostCluster = 8;
+// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs, sixteen what those
+// do that say so. Longer rows are read twice, at four exponentials a class: of more than 262144 or 131072 classes, on
+// devices without clusters of more than 16384; rows of floats of more than half as many, too, where a block has less
+// than 190 KiB of shared memory.
+constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster = 16;
 
 // Threads of a block of the general kernels at most: they need up to 255 registers.
 constexpr int kGeneralBlock = 256;
@@ -73,7 +74,7 @@ constexpr int kScaleBlocks = 8;
 // What is asked of the runtime once a device.
 struct Device {
   int processors, cache_bytes, shared_bytes;  // shared: of a block
-  bool clusters;
+  int cluster;                                // blocks that a cluster may have; 1: there are none
 };
 
 struct Shape {
@@ -83,8 +84,7 @@ struct Shape {
   int rows;  // of a block
 };
 
-// `width`: classes of a vector; `aligned`: every row begins at 16 bytes; `smallest`: the fewest vectors that a kernel
-// holds besides kValuesHeld / width, and what lies between.
+// `width`: classes of a vector; `aligned`: every row begins at 16 bytes.
 inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool general, const Device& device) {
   const int most_held = kValuesHeld / width;
   const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
@@ -109,8 +109,9 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
     if (best >= 0) return shape;
     int threads = ceil_div(ceil_div(vectors, most_held), 32) * 32, cluster = 1;
     if (overrides.lanes > 32) threads = std::max(threads, overrides.lanes);
-    if (device.clusters || overrides.cluster) {
-      while (cluster < kMostCluster && ceil_div(threads, cluster) > kRowBlock) cluster *= 2;
+    if (device.cluster > 1 || overrides.cluster) {
+      while (cluster < kCluster && ceil_div(threads, cluster) > kRowBlock) cluster *= 2;
+      if (device.cluster == kMostCluster && ceil_div(threads, cluster) > kMostRowBlock) cluster = kMostCluster;
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }

@@ -194,17 +194,18 @@ struct Group {
     says = __any_sync(kFullMask, says);
     if constexpr (kind == Kind::Lanes) return warp_gathered<n>(mine);
     const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
-    // Eight lanes have each sum, as many as a cluster has blocks.
-    const int lane = static_cast<int>(lane_id()), to = lane % 8;
+    const int lane = static_cast<int>(lane_id());
     if (says && lane < 8) mine = -mine;
     float4* const partial = reinterpret_cast<float4*>(shared_memory() + turn * kPartialBytes * warps * cluster);
     turn ^= 1;
     float* const place = reinterpret_cast<float*>(partial + static_cast<int>(rank) * warps + warp) + lane / 8;
     if (cluster > 1) {
-      if (to < cluster) *in_block(place, static_cast<unsigned>(to)) = mine;
+      // Eight lanes have each sum.
+#pragma unroll 1
+      for (int to = lane % 8; to < cluster; to += 8) *in_block(place, static_cast<unsigned>(to)) = mine;
       cluster_barrier();
     } else {
-      if (to == 0) *place = mine;
+      if (lane % 8 == 0) *place = mine;
       __syncthreads();
     }
     Sums<float, 4> all{};

@@ -7,27 +7,36 @@ namespace sortkd {
 namespace cuda {
 
 #if defined(__CUDACC__)
+// The configuration of a launch of clusters.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(const Launch& launch, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    config.gridDim = launch.blocks;
+    config.blockDim = launch.threads;
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
 template <typename T>
 cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   if (launch.shared_bytes > kGrantedShared) {
-    const cudaError_t error = grant_shared(reinterpret_cast<const void*>(kernel));
+    const cudaError_t error = grant_most(reinterpret_cast<const void*>(kernel), device());
     if (error != cudaSuccess) return error;
   }
   if (launch.cluster == 1) {
     kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
     return cudaGetLastError();
   }
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
-  config.gridDim = launch.blocks;
-  config.blockDim = launch.threads;
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p);
+  const ClusterLaunch clusters(launch, stream);
+  return cudaLaunchKernelEx(&clusters.config, kernel, p);
 }
 #else
 // The blocks of a cluster as one block of all their threads.

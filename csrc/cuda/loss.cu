@@ -30,12 +30,10 @@ const Device& device() {
   cudaGetDevice(&current);
   Device& d = devices[current % kDevices];
   const auto ask = [&] {
-    int major = 0;
     cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, current);
     cudaDeviceGetAttribute(&d.cache_bytes, cudaDevAttrL2CacheSize, current);
     cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current);
-    d.clusters = major >= 9 && compiled_for_clusters();
+    d.cluster = most_cluster(d);
   };
 #if defined(__CUDACC__)
   std::call_once(asked[current % kDevices], ask);
@@ -46,7 +44,7 @@ const Device& device() {
 }
 
 #if defined(__CUDACC__)
-cudaError_t grant_shared(const void* kernel) {
+cudaError_t grant_most(const void* kernel, const Device& device) {
   // Once a kernel and device.
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> granted;
@@ -54,7 +52,9 @@ cudaError_t grant_shared(const void* kernel) {
   cudaGetDevice(&current);
   const std::lock_guard lock(mutex);
   if (granted.contains({kernel, current})) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device().shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+  if (error == cudaSuccess && device.cluster == kMostCluster)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) granted.emplace(kernel, current);
   return error;
 }

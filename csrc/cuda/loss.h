@@ -82,10 +82,10 @@ constexpr int stage_bytes(Kind kind, int held, int width) {
 }
 
 const Device& device();
-// Lets a kernel have all of a block's shared memory, above what every launch may have.
-cudaError_t grant_shared(const void* kernel);
-// Whether what runs here has been compiled for an architecture with clusters: a later one may run older code.
-bool compiled_for_clusters();
+// Lets a kernel have all of a block's shared memory and of a cluster's blocks, above what every launch may have.
+cudaError_t grant_most(const void* kernel, const Device& device);
+// The blocks that a cluster of the current device may have, as Device says.
+int most_cluster(const Device& device);
 
 // X: float, BFloat16, Half.
 template <typename X>

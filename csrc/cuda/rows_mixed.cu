@@ -17,16 +17,6 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
                        launch, p, stream);
 }
 
-bool compiled_for_clusters() {
-#if defined(__CUDACC__)
-  cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, sort_kd_rows<Mixed<float, false>, Kind::Block, 0, Mode::General, false>);
-  return attributes.ptxVersion >= 90;
-#else
-  return false;
-#endif
-}
-
 template cudaError_t launch_mixed<float>(const Shape&, Mode, const Launch&, const Params<float>&, cudaStream_t);
 template cudaError_t launch_mixed<double>(const Shape&, Mode, const Launch&, const Params<double>&, cudaStream_t);
 
