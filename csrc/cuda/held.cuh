@@ -66,6 +66,15 @@ struct HeldRows {
     int shares = 0;            // with a list that lies where the next row's logits would
   };
 
+  // What is known of a row by all of its threads.
+  struct Whole {
+    RowSums sums;
+    float offset_s, offset_t;  // of the exponents
+    float top;                 // the label's corrected logit
+    int listed;                // entries of the list
+    bool fix, slow;            // a row with a list; one that leaves the range of its sums
+  };
+
   const Params<float>& p;
   Group<kKind>& group;
   List<float, kKind, false> list;
@@ -255,109 +264,121 @@ struct HeldRows {
     if constexpr (kKind == Kind::Lanes) pass.shares = __any_sync(kFullMask, pass.higher);
   }
 
+  // Whether the sums keep their range, z_t of the teacher.
+  SORTKD_DEVICE bool scaled(const Pass& pass, const Whole& whole, float z_t) const {
+    const float C = static_cast<float>(p.C);
+    const float label = fmaxf(fabsf(pass.student_label), fabsf(pass.teacher_label));
+    const bool is_small = label < -kBlank / 2;  // as no label is that is infinite or no number
+    return is_small & well_scaled(whole.sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(whole), C));
+  }
+  SORTKD_DEVICE float z_ce(const Whole& whole) const {
+    return !kCe || p.power == 1 ? whole.sums.of[kZStudent] : whole.sums.of[kCe ? kZCe : 0];
+  }
+
+  // Adds what the list has to the sums, or makes them again, relative to the maxima. False where the list has no room.
+  SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
+    const V& access = pass.access;
+    float second = pass.teacher_label;
+    if (whole.fix) {
+      list.clear();
+#pragma unroll 1
+      for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
+        const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
+        list.append(access.teacher(c), c);
+      }
+      group.sync();
+      whole.listed = list.counted();
+      if (kKind == Kind::Block && whole.listed > p.list.room) {
+        if (group.member == 0) p.overflow[row] = 1;
+        return false;
+      }
+      if (group.keeps_list()) {
+        list.put_in_order(whole.listed);
+        if (whole.listed > 0) whole.top = list[0].value();
+        if (whole.listed > 1) second = list[1].value();
+        if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) {
+          float* const there = in_block(notes(), threadIdx.x);
+          there[0] = whole.top, there[1] = second;
+        }
+      }
+      if (group.blocks() > 1) {
+        group.sync();
+        whole.top = notes()[0], second = notes()[1];
+      }
+    }
+    if (p.config.correction == Correction::None) second = whole.top;
+
+    // What is on the list is the largest there is of the teacher.
+    if (whole.listed > 0) {
+      const float v = fmaf(second, scale, whole.offset_t);
+      whole.slow = pass.y >= 0 && !(v < log2_of(256 * static_cast<float>(p.C)) &&
+                                    scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
+    }
+    // Of rows that leave the range of their sums, the maxima first, and then the sums relative to these.
+    Part<kSums> part;
+#pragma unroll 1
+    for (bool to_maxima = any(whole.slow);; to_maxima = false) {
+      part = {};
+#pragma unroll 1
+      for (int c = group.member; whole.slow && c < p.C; c += group.size) {
+        if (c == pass.y) continue;
+        const float a = access.student(c), b = access.teacher(c);
+        const bool high = b > pass.threshold;
+        const float u = fmaf(a, scale, whole.offset_s), v = fmaf(b, scale, whole.offset_t);
+        part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
+        add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
+      }
+      if (!to_maxima && whole.fix && group.keeps_list())
+#pragma unroll 1
+        for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
+          const float u = fmaf(access.student(list[at].c()), scale, whole.offset_s);
+          const float v = fmaf(corrected(pass, whole, at), scale, whole.offset_t);
+          const float e_t = power_of_two(v);
+          part.sums.of[kZTeacher] += e_t;
+          add_cross(part.sums, u, v, e_t);
+        }
+      part = group.merged(part);
+      if (!to_maxima) break;
+      if (whole.slow) {
+        if (whole.listed > 0) part.teacher = fmaxf(part.teacher, second);
+        whole.offset_s = -(reference_of(part.student, pass.student_label) * scale);
+        whole.offset_t = -(reference_of(part.teacher, pass.teacher_label) * scale);
+        whole.sums = {};
+      }
+    }
+    whole.sums.merge(part.sums);
+    if (p.config.correction == Correction::None) whole.top = pass.teacher_label;
+    return true;
+  }
+  SORTKD_DEVICE float corrected(const Pass& pass, const Whole& whole, int at) const {
+    return list.corrected(at, p.config.correction, whole.listed, pass.teacher_label);
+  }
+
   // The sums put together, the losses, and the gradient.
-  SORTKD_DEVICE void finish(Pass& pass, int row) {
+  SORTKD_DEVICE void finish(const Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    const float threshold = pass.threshold, student_label = pass.student_label, teacher_label = pass.teacher_label;
-    float offset_s = pass.offset_s, offset_t = pass.offset_t;
+    Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false};
     // The rows of a warp take the steps of the list together.
-    bool fix = kKind == Kind::Block ? pass.higher : pass.shares;
-    RowSums sums = kOneRow ? group.merged(pass.sums, fix) : group.merged(pass.sums);
-    const auto z_ce = [&] { return !kCe || p.power == 1 ? sums.of[kZStudent] : sums.of[kCe ? kZCe : 0]; };
-    const auto scaled = [&](float z_t) {
-      const float C = static_cast<float>(p.C);
-      return well_scaled(sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(), C));
-    };
-    int listed = 0;
-    float top = teacher_label;
+    whole.fix = kKind == Kind::Block ? pass.higher : pass.shares;
+    whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
+    whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
     if (kKind == Kind::Block && p.overflow && group.member == 0) p.overflow[row] = 0;
-    const auto is_small = [](float label) { return fabsf(label) < 0x1p99f; };  // beside kBlank
-    bool slow = counts & !(is_small(student_label) & is_small(teacher_label) & scaled(sums.of[kZTeacher]));
-    if (fix || any(slow)) {
-      float second = teacher_label;
-      if (fix) {
-        list.clear();
-#pragma unroll 1
-        for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
-          const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
-          list.append(access.teacher(c), c);
-        }
-        group.sync();
-        listed = list.counted();
-        const bool fits = kKind == Kind::Lanes || listed <= p.list.room;
-        if (!fits) {
-          if (group.member == 0) p.overflow[row] = 1;
-          return;
-        }
-        if (group.keeps_list()) {
-          list.put_in_order(listed);
-          if (listed > 0) top = list[0].value();
-          if (listed > 1) second = list[1].value();
-          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) {
-            float* const there = in_block(notes(), threadIdx.x);
-            there[0] = top, there[1] = second;
-          }
-        }
-        if (group.blocks() > 1) {
-          group.sync();
-          top = notes()[0], second = notes()[1];
-        }
-      }
-      if (p.config.correction == Correction::None) second = top;
+    if (whole.fix || any(whole.slow))
+      if (!complete(pass, whole, row)) return;
 
-      // What is on the list is the largest there is of the teacher.
-      if (listed > 0) {
-        const float v = fmaf(second, scale, offset_t);
-        slow = counts && !(is_small(student_label) && is_small(teacher_label) && v < log2_of(256 * static_cast<float>(p.C)) &&
-                           scaled(v > -80 ? 1.0f : sums.of[kZTeacher]));
-      }
-      // Of rows that leave the range of their sums, the maxima first, and then the sums relative to these.
-      Part<kSums> part;
-      const bool any_slow = any(slow);
-#pragma unroll 1
-      for (bool to_maxima = any_slow;; to_maxima = false) {
-        part = {};
-#pragma unroll 1
-        for (int c = group.member; slow && c < p.C; c += group.size) {
-          if (c == pass.y) continue;
-          const float a = access.student(c), b = access.teacher(c);
-          const bool high = b > threshold;
-          const float u = fmaf(a, scale, offset_s), v = fmaf(b, scale, offset_t);
-          part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
-          add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
-        }
-        if (!to_maxima && fix && group.keeps_list())
-#pragma unroll 1
-          for (int at = group.list_member(); at < listed; at += group.list_size()) {
-            const float u = fmaf(access.student(list[at].c()), scale, offset_s);
-            const float v = fmaf(list.corrected(at, p.config.correction, listed, teacher_label), scale, offset_t);
-            const float e_t = power_of_two(v);
-            part.sums.of[kZTeacher] += e_t;
-            add_cross(part.sums, u, v, e_t);
-          }
-        part = group.merged(part);
-        if (!to_maxima) break;
-        if (slow) {
-          if (listed > 0) part.teacher = fmaxf(part.teacher, second);
-          offset_s = -(reference_of(part.student, student_label) * scale);
-          offset_t = -(reference_of(part.teacher, teacher_label) * scale);
-          sums = {};
-        }
-      }
-      sums.merge(part.sums);
-      if (p.config.correction == Correction::None) top = teacher_label;
-    }
-
-    const KdSums row_sums{
-        sums.of[kZStudent],        sums.of[kZTeacher], sums.of[kCross], z_ce(), fmaf(student_label, scale, offset_s),
-        fmaf(top, scale, offset_t)};
+    const KdSums row_sums{whole.sums.of[kZStudent],
+                          whole.sums.of[kZTeacher],
+                          whole.sums.of[kCross],
+                          z_ce(whole),
+                          fmaf(pass.student_label, scale, whole.offset_s),
+                          fmaf(whole.top, scale, whole.offset_t)};
     // The sums of a row that does not count are 0, so that its terms are.
     float weight = counts ? this->weight : 0.0f;
     if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
     const KdTerms on = kd_terms(p, row_sums, p.temperature_value, weight * p.kd_weight * p.temperature_value,
                                 weight * p.ce_weight, kCe ? p.power : 0);
-    if (here(row) && group.member == 0) write_row(p, group.slot, row, on.kd, on.ce, listed);
+    if (here(row) && group.member == 0) write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
     if (p.grad) {
       // Of the exponential's first, second and fourth power.
       const float first = on.on_student + (p.power == 1 ? on.on_ce : 0.0f), second = p.power == 2 ? on.on_ce : 0.0f;
@@ -367,17 +388,16 @@ struct HeldRows {
         return fmaf(e, by, -(e_t * on.on_teacher));
       };
       const auto gradient_of = [&](float a, float b) {
-        return gradient(power_of_two(fmaf(a, scale, offset_s)), power_of_two(fmaf(b, scale, offset_t)));
+        return gradient(power_of_two(fmaf(a, scale, whole.offset_s)), power_of_two(fmaf(b, scale, whole.offset_t)));
       };
-      if (fix) {
+      if (whole.fix) {
         // While the logits are there still: the gradient may lie in their place.
         if (group.keeps_list())
-          list.replace_values(listed, [&](int at) {
-            return gradient_of(access.student(list[at].c()), list.corrected(at, p.config.correction, listed, teacher_label));
-          });
+          list.replace_values(whole.listed,
+                              [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
         group.sync();
       }
-      const bool by_class = slow || p.scalar_grads;
+      const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - group.member : 0;
       uint4* const to = compiler_barrier(access.grad4(group.member));
 #pragma unroll
@@ -392,14 +412,15 @@ struct HeldRows {
                   [&](int c) { return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f; });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
       if (pass.has_label) access.put(pass.y, on.at_label);
-      if (fix) {
+      if (whole.fix) {
         group.sync();
         if (group.keeps_list())
 #pragma unroll 1
-          for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
+          for (int at = group.list_member(); at < whole.listed; at += group.list_size())
+            access.put(list[at].c(), list[at].number());
       }
     }
-    if (kKind == Kind::Lanes && fix) group.sync();  // the next row's logits take the list's place
+    if (kKind == Kind::Lanes && whole.fix) group.sync();  // the next row's logits take the list's place
   }
 };
 
