@@ -168,6 +168,23 @@ def test_special_rows(path):
     near(got[4][whole], gradient(torch.float64), gradient(torch.float32))
 
 
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("method", (METHODS[0], METHODS[4]), ids=("kd", "dkd"))
+def test_labels_far_from_the_others(path, method, correction):
+    """Exponentials relative to the label's own logits would be infinite, or all 0: then the maxima take its place."""
+    student, teacher, target = make(9, 70, "few")
+    rows = torch.arange(9)
+    # At temperature 1 the sums' range ends some 55 below the label, and 18 above it.
+    student[rows, target] += torch.tensor([-30.0, 80, 0, 0, -1e4, 1e4, -30, 80, 17])
+    teacher[rows, target] += torch.tensor([0.0, 0, -30, 80, -1e4, 1e4, 80, -30, -17])
+    inputs = {"correction": correction, "method": method, "temperature": 1.0, "reduction": NONE}
+    got, truth = run(student, teacher, target, **inputs), expected(student, teacher, target, **inputs)
+    assert torch.equal(got[3], truth[3])
+    for i in (0, 1, 2, 4):
+        # Differences of probabilities and entropies of about 1, each off by some roundings of 6e-8, or losses of 1e4.
+        torch.testing.assert_close(got[i].double(), truth[i], rtol=4e-6, atol=4e-6)
+
+
 def test_dkd_of_a_certain_student():
     """q_y rounds to 1: the usual chain gives NaN, these gradients are finite and equal to the reference's."""
     student, teacher, target = make(2, 9, "few")

@@ -1,11 +1,14 @@
 # ruff: noqa: ANN001, ANN201, SIM102 - in a kernel annotations are types of the compiler, and a constant `if` stands alone
 """The loss of rows that do not fit in registers, and of rows whose label ranks too low for the launch before.
 
-A row streams by twice: for its sums and the classes above its label, and for its gradient (and once before, for a
-z-score). The second time it comes backwards: what was read last is still in the caches. The classes above the label
-are kept out of the first pass and join the sums afterwards, in order and corrected, so nothing is ever subtracted from
-a sum. The gradient may lie over the student: what the last step needs of a logit that the step before has overwritten
-is kept beside the order.
+A row streams by twice: for its sums, and for its gradient. The second time it comes backwards: what was read last is
+still in the caches. The classes above the label are kept out of the first pass; where there are any, a pass of its own
+collects them, and they join the sums in order and corrected, so nothing is ever subtracted from a sum. The gradient may
+lie over the student: what the last step needs of a logit that the step before has overwritten is kept beside the order.
+
+Sums are relative to the label's own logits, which takes no search for maxima: no lane waits for another within a pass.
+Where they leave the range of floats the pass is done again, relative to the maxima, which a pass before it finds.
+GENERAL rows take these at once; their moments want small terms.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from .row_io import (
 from .row_math import (
     INFINITY,
     LOG2E,
+    PIECES,
     added,
     exponentials,
     finish_row,
     finite_or_zero,
     first_classes,
     gradient,
-    largest,
     rebased,
     rounded,
     sum_lanes,
@@ -110,6 +113,32 @@ def mean_std_of_row(x, x_y, C, stride, T, LAYOUT: tl.constexpr, WORK: tl.constex
 
 
 @triton.jit
+def others(s_row, t_row, start, at_label, hidden_over, C, s_step, t_step, LAYOUT: tl.constexpr, T_LAYOUT: tl.constexpr,
+           WORK: tl.constexpr, K: tl.constexpr, L: tl.constexpr):  # fmt: skip
+    """A tile of both sides, -inf at the label and, of the teacher, over ``hidden_over``; and, ``[1, L]``, the largest
+    that the teacher has before that."""
+    classes = start + first_classes(K, L) + tl.arange(0, L)[None, None, :]
+    held = classes < C
+    s = tl.load(s_row + class_offset(classes, s_step, LAYOUT), mask=held, other=-INFINITY).to(WORK)
+    t = tl.load(t_row + class_offset(classes, t_step, T_LAYOUT), mask=held, other=-INFINITY).to(WORK)
+    s = tl.where(classes == at_label, -INFINITY, s)
+    t = tl.where(classes == at_label, -INFINITY, t)
+    return s, tl.where(t > wide(hidden_over), -INFINITY, t), tl.max(t, PIECES)
+
+
+@triton.jit
+def in_range(sums, m_t, top, C, CE: tl.constexpr):
+    """Whether sums relative to the label's logits keep their digits. What lies over the label is not in them yet."""
+    low = 2.0**-80
+    high = 256.0 * C
+    z_s, z_t, z_1 = sums[0], sums[1], sums[3]
+    fits = (z_s > low) & (z_s < high) & ((z_t > low) | (top > m_t)) & (z_t < high)
+    if CE != 0:
+        fits = fits & (z_1 > low) & (z_1 < high)
+    return fits
+
+
+@triton.jit
 def moved(sums, m_s, m_t, new_s, new_t, a_s, a_t):
     """Sums relative to maxima m_s and m_t, which are -inf for the empty set, relative to larger ones."""
     d_s = tl.where(m_s == -INFINITY, 0.0, m_s - new_s)
@@ -151,6 +180,7 @@ def sort_kd_long_rows(
     C = C // ALIGN * ALIGN  # which the host knows it to be
     B: tl.constexpr = K * L
     T_LAYOUT: tl.constexpr = 0 if TOP_K else LAYOUT
+    FIRST: tl.constexpr = 1 if GENERAL else 0
     program = tl.program_id(0)
     keys = scratch + program.to(tl.int64) * capacity * (3 if tl.float64 == WORK else 2)
     spare = keys + (2 if tl.float64 == WORK else 1) * capacity
@@ -196,57 +226,63 @@ def sort_kd_long_rows(
                     _mean, t_scale, _deviation = mean_std_of_row(t_row, t_y, live, t_step, T, T_LAYOUT, WORK, L)
                     a_t = a_t * t_scale
 
-            zero = tl.zeros([1, L], WORK)
-            sums = (zero, zero, zero, zero, zero, zero, zero)
-            m_s = tl.full([1], -INFINITY, WORK)
-            m_t = m_s
+            hidden_over = tl.where(correction != 0, t_y, INFINITY)
+            lowest = tl.full([1, L], -INFINITY, WORK)
+            zero = tl.zeros_like(lowest)
+            m_s = finite_or_zero(s_y)
+            m_t = finite_or_zero(t_y)
+            top = t_y
+            row_sums = sum_lanes((zero, zero, zero, zero, zero, zero, zero), CE, GENERAL)
+            again = live
+            for to_maxima in range(FIRST, tl.where(live > 0, 2, 0)):  # a number that the compiler would not unroll
+                if again > 0:
+                    if to_maxima > 0:
+                        largest_s = lowest
+                        largest_t = lowest
+                        for start in range(0, live, B):
+                            s, t, _top = others(
+                                s_row, t_row, start, at_label, hidden_over, C, s_step, t_step, LAYOUT, T_LAYOUT, WORK,
+                                K, L,
+                            )  # fmt: skip
+                            largest_s = tl.maximum(largest_s, tl.max(s, PIECES))
+                            largest_t = tl.maximum(largest_t, tl.max(t, PIECES))
+                        m_s = tl.max(largest_s, 1)
+                        m_t = tl.max(largest_t, 1)
+                    sums = (zero, zero, zero, zero, zero, zero, zero)
+                    largest_t = lowest
+                    # A tile on its way while the one before is computed; the pass over the gradient would spill.
+                    for start in tl.range(0, live, B, num_stages=2):
+                        s, t, most = others(
+                            s_row, t_row, start, at_label, hidden_over, C, s_step, t_step, LAYOUT, T_LAYOUT, WORK, K, L
+                        )  # fmt: skip
+                        block, _e = tile_sums(s, t, m_s, m_t, a_s, a_t, CE, GENERAL)
+                        sums = added(sums, block)
+                        largest_t = tl.maximum(largest_t, most)
+                    row_sums = sum_lanes(sums, CE, GENERAL)
+                    top = tl.max(largest_t, 1)
+                    again = live * (1 - tl.min(in_range(row_sums, t_y, top, C, CE).to(tl.int32), 0))
             ranked = tl.zeros_like(live)
-            for start in range(0, live, B):
-                classes = start + tile
-                held = classes < C
-                s = tl.load(s_row + class_offset(classes, s_step, LAYOUT), mask=held, other=-INFINITY).to(WORK)
-                t = tl.load(t_row + class_offset(classes, t_step, T_LAYOUT), mask=held, other=-INFINITY).to(WORK)
-                s = tl.where(classes == at_label, -INFINITY, s)
-                t = tl.where(classes == at_label, -INFINITY, t)
-                new_s = tl.maximum(m_s, largest(s))
-                block_t = largest(t)
-                # Where the teacher is right a block pays one comparison for being corrected.
-                if tl.max((block_t > t_y).to(tl.int32), 0) > 0:
+            if tl.max((top > t_y).to(tl.int32), 0) * (with_rank + correction) > 0:
+                # A pass of its own: in the one above the keys would take the registers of the sums.
+                for start in range(0, live, B):
+                    classes = start + tile
+                    held = classes < C
+                    t = tl.load(t_row + class_offset(classes, t_step, T_LAYOUT), mask=held, other=-INFINITY).to(WORK)
                     above = t > wide(t_y)
-                    ranked += tl.sum(total(above.to(tl.int32)), 0)
-                    if correction != 0:
-                        s = tl.where(above, -INFINITY, s)
-                        t = tl.where(above, -INFINITY, t)
-                        block_t = largest(t)
-                new_t = tl.maximum(m_t, block_t)
-                if tl.max(((new_s > m_s) | (new_t > m_t)).to(tl.int32), 0) > 0:
-                    sums = moved(sums, m_s, m_t, new_s, new_t, a_s, a_t)
-                    m_s = new_s
-                    m_t = new_t
-                block, _e = tile_sums(s, t, m_s, m_t, a_s, a_t, CE, GENERAL)
-                sums = added(sums, block)
+                    marks = tl.sum(total(above.to(tl.int32)), 0)
+                    if marks > 0:
+                        if correction != 0:
+                            collect(keys, t, classes, above, ranked, capacity)
+                        ranked += marks
             if with_rank != 0:
                 tl.store(rank + rows, ranked)
             if correction == 0:
                 ranked = tl.zeros_like(ranked)
             last = rows < 0
             if ranked <= capacity:
-                row_sums = sum_lanes(sums, CE, GENERAL)
                 t_new = t_y
                 order = keys
                 if ranked > 0:
-                    # A pass of its own: in the one above the keys would take the registers of the sums.
-                    found = tl.zeros_like(ranked)
-                    for start in range(0, live, B):
-                        classes = start + tile
-                        held = classes < C
-                        t = tl.load(t_row + class_offset(classes, t_step, T_LAYOUT), mask=held, other=-INFINITY)
-                        t = t.to(WORK)
-                        above = t > wide(t_y)
-                        marks = tl.sum(total(above.to(tl.int32)), 0)
-                        if marks > 0:
-                            collect(keys, t, classes, above, found, capacity)
-                            found += marks
                     order = keys + put_in_order(keys, ranked, t_row, t_step, capacity, LISTED, WORK)
                     top_class = tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF
                     t_new = tl.load(t_row + top_class * t_step).to(WORK)
@@ -254,13 +290,14 @@ def sort_kd_long_rows(
                     classes, inside, t = corrected_above(order, start, ranked, t_row, t_step, t_y, correction, WORK)
                     s = tl.load(s_row + classes * s_step, mask=inside, other=-INFINITY).to(WORK)
                     keep(order, spare, start, ranked, classes, s)
-                    new_s = tl.maximum(m_s, tl.max(s, 0))
                     new_t = tl.maximum(m_t, tl.max(t, 0))
-                    row_sums = moved(row_sums, m_s, m_t, new_s, new_t, a_s, a_t)
-                    m_s = new_s
+                    row_sums = moved(row_sums, m_s, m_t, m_s, new_t, a_s, a_t)
                     m_t = new_t
                     block, _e = tile_sums(s[None, None, :], t[None, None, :], m_s, m_t, a_s, a_t, CE, GENERAL)
-                    row_sums = added(row_sums, sum_lanes(block, CE, GENERAL))
+                    # The student's sums have these classes already.
+                    _z_s, z_t, cross, _z_1, _u_s, u_t, w = sum_lanes(block, CE, GENERAL)
+                    none = tl.zeros_like(z_t)
+                    row_sums = added(row_sums, (none, z_t, cross, none, none, u_t, w))
 
                 factor = read_factor(grad_output, grad_output_stride, rows, counts_row, n, WORK)
                 row_kd, row_ce, by_temperature, coefficients = finish_row(
