@@ -58,7 +58,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kSortThreads) sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
+__global__ void __launch_bounds__(kSortThreads, 2) sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
   const Group<Kind::Block> group(0, 1);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (p.list.in_device && !p.overflow[row]) continue;
