@@ -24,7 +24,7 @@ spec.loader.exec_module(gpu_static)
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BUILT = sortkd_kernels.build_info().get("cuda") or ()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_STATE = sortkd_kernels.available_backends()["triton"]
 
 
 class Limits(NamedTuple):
@@ -130,7 +130,7 @@ for C in (1000, 32000):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not TRITON_STATE.available, reason=TRITON_STATE.reason)
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_kernels(target, tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}

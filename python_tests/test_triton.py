@@ -17,12 +17,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import CORRECTIONS, MEAN, METHODS, NONE, SUM, check, expected, make, near, run
 
-from sortkd_kernels import fused_sort_kd, reference
+from sortkd_kernels import available_backends, fused_sort_kd, reference
 from sortkd_kernels.backends import triton as backend
 from sortkd_kernels.backends.triton import choices, launch
 from sortkd_kernels.ops import reference_sort_logits
 
+TRITON = available_backends()["triton"]
 pytestmark = [
+    pytest.mark.skipif(not TRITON.available, reason=TRITON.reason),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, where the kernels mean inf and NaN
     pytest.mark.usefixtures("poisoned_memory"),
 ]

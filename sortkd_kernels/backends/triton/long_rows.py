@@ -232,7 +232,8 @@ def sort_kd_long_rows(
             m_s = finite_or_zero(s_y)
             m_t = finite_or_zero(t_y)
             top = t_y
-            row_sums = sum_lanes((zero, zero, zero, zero, zero, zero, zero), CE, GENERAL)
+            none = tl.zeros([1], WORK)
+            row_sums = (none, none, none, none, none, none, none)
             again = live
             for to_maxima in range(FIRST, tl.where(live > 0, 2, 0)):  # a number that the compiler would not unroll
                 if again > 0:
@@ -296,7 +297,6 @@ def sort_kd_long_rows(
                     block, _e = tile_sums(s[None, None, :], t[None, None, :], m_s, m_t, a_s, a_t, CE, GENERAL)
                     # The student's sums have these classes already.
                     _z_s, z_t, cross, _z_1, _u_s, u_t, w = sum_lanes(block, CE, GENERAL)
-                    none = tl.zeros_like(z_t)
                     row_sums = added(row_sums, (none, z_t, cross, none, none, u_t, w))
 
                 factor = read_factor(grad_output, grad_output_stride, rows, counts_row, n, WORK)

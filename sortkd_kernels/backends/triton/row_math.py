@@ -113,7 +113,7 @@ def tile_sums(s, t, m_s, m_t, a_s, a_t, CE: tl.constexpr, GENERAL: tl.constexpr)
     u_s = z_s
     u_t = z_s
     w = z_s
-    if CE == 2 or CE == 4 or CE == -1:
+    if (CE == 2 or CE == 4) or CE == -1:
         z_1 = tl.sum(e_1, PIECES)
     if GENERAL:
         u_s = tl.sum(tl.where(e_s == 0, 0.0, e_s * x_s), PIECES)
@@ -130,7 +130,7 @@ def sum_lanes(sums, CE: tl.constexpr, GENERAL: tl.constexpr):
     u_s = z_s
     u_t = z_s
     w = z_s
-    if CE == 2 or CE == 4 or CE == -1:
+    if (CE == 2 or CE == 4) or CE == -1:
         z_1 = tl.sum(sums[3], 1)
     if GENERAL:
         u_s = tl.sum(sums[4], 1)
