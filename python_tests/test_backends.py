@@ -179,6 +179,7 @@ def test_without_triton():
 
 
 def test_with_a_triton_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # also where there is none
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.1+cu126"))
     state = backends._triton_state()
     assert not state.available and state.reason.endswith("or newer; this is torch 2.7.1+cu126")

@@ -268,7 +268,7 @@ struct HeldRows {
   SORTKD_DEVICE bool scaled(const Pass& pass, const Whole& whole, float z_t) const {
     const float C = static_cast<float>(p.C);
     const float label = fmaxf(fabsf(pass.student_label), fabsf(pass.teacher_label));
-    const bool is_small = label < -kBlank / 2;  // as no label is that is infinite or no number
+    const bool is_small = label < -kBlank / 2;  // no infinite one is; a NaN is in the sums
     return is_small & well_scaled(whole.sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(whole), C));
   }
   SORTKD_DEVICE float z_ce(const Whole& whole) const {

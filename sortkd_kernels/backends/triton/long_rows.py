@@ -127,23 +127,15 @@ def others(s_row, t_row, start, at_label, hidden_over, C, s_step, t_step, LAYOUT
 
 
 @triton.jit
-def in_range(sums, m_t, top, C, CE: tl.constexpr):
+def in_range(sums, t_y, top, C, CE: tl.constexpr):
     """Whether sums relative to the label's logits keep their digits. What lies over the label is not in them yet."""
     low = 2.0**-80
     high = 256.0 * C
     z_s, z_t, z_1 = sums[0], sums[1], sums[3]
-    fits = (z_s > low) & (z_s < high) & ((z_t > low) | (top > m_t)) & (z_t < high)
+    fits = (z_s > low) & (z_s < high) & ((z_t > low) | (top > t_y)) & (z_t < high)
     if CE != 0:
         fits = fits & (z_1 > low) & (z_1 < high)
     return fits
-
-
-@triton.jit
-def moved(sums, m_s, m_t, new_s, new_t, a_s, a_t):
-    """Sums relative to maxima m_s and m_t, which are -inf for the empty set, relative to larger ones."""
-    d_s = tl.where(m_s == -INFINITY, 0.0, m_s - new_s)
-    d_t = tl.where(m_t == -INFINITY, 0.0, m_t - new_t)
-    return rebased(sums, d_s, d_t, a_s, a_t)
 
 
 @triton.jit
@@ -292,7 +284,7 @@ def sort_kd_long_rows(
                     s = tl.load(s_row + classes * s_step, mask=inside, other=-INFINITY).to(WORK)
                     keep(order, spare, start, ranked, classes, s)
                     new_t = tl.maximum(m_t, tl.max(t, 0))
-                    row_sums = moved(row_sums, m_s, m_t, m_s, new_t, a_s, a_t)
+                    row_sums = rebased(row_sums, m_t, new_t, a_t)
                     m_t = new_t
                     block, _e = tile_sums(s[None, None, :], t[None, None, :], m_s, m_t, a_s, a_t, CE, GENERAL)
                     # The student's sums have these classes already.

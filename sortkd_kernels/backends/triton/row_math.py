@@ -140,23 +140,21 @@ def sum_lanes(sums, CE: tl.constexpr, GENERAL: tl.constexpr):
 
 
 @triton.jit
-def rebased(sums, d_s, d_t, a_s, a_t):
-    """The same sums relative to maxima that are larger by -d_s and -d_t (0 for the empty set)."""
-    x_s = d_s * a_s
-    x_t = d_t * a_t
-    f_s = tl.exp2(x_s)
+def rebased(sums, m_t, new_t, a_t):
+    """The same sums where the teacher's are relative to a larger logit than m_t, which is -inf for the empty set."""
+    x_t = tl.where(m_t == -INFINITY, 0.0, m_t - new_t) * a_t
     f_t = tl.exp2(x_t)
     z_s, z_t, cross, z_1, u_s, u_t, w = sums
-    w = w + x_t * cross + (x_t - x_s) * (cross + u_t) + x_t * (x_t - x_s) * z_t
+    w = w + x_t * cross + x_t * (cross + u_t) + x_t * x_t * z_t
     # Sums that vanish beside the others count 0 even where they are infinite.
     gone = f_t == 0
     return (
-        z_s * f_s,
+        z_s,
         z_t * f_t,
-        tl.where(gone, 0.0, (cross + z_t * (x_t - x_s)) * f_t),
-        z_1 * tl.exp2(d_s * LOG2E),
-        (u_s + z_s * x_s) * f_s,
-        tl.where(gone, 0.0, (u_t + z_t * x_s) * f_t),
+        tl.where(gone, 0.0, (cross + z_t * x_t) * f_t),
+        z_1,
+        u_s,
+        tl.where(gone, 0.0, u_t * f_t),
         tl.where(gone, 0.0, w * f_t),
     )
 
