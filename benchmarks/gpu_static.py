@@ -90,6 +90,12 @@ class Kernel:
         """Instructions that touch local memory."""
         return sum(x.opcode.startswith(("LDL", "STL")) for x in self.code)
 
+    @cached_property
+    def fetched(self) -> int:
+        """Instructions that a warp whose lanes stay together can reach. Behind the kernel's end lie the others: failed
+        assertions, and collectives once more, for diverged lanes."""
+        return len(self._order[0])
+
     def count(self, prefix: str) -> int:
         """Instructions of the whole code whose opcode begins so."""
         return sum(x.opcode.startswith(prefix) for x in self.code)
@@ -141,8 +147,8 @@ class Kernel:
             return None
         # What lies in shared memory is read again where a class is above the label.
         quiet = self._quiet | {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
-        # Copies that begin after the stores are those of a row behind one with a list.
-        quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDGSTS") and i > max(stores)}
+        # What is loaded after the stores, logits and a label, is of a row behind one with a list.
+        quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDG") and i > max(stores)}
         head, back, _ = min(around, key=lambda x: len(x[2]))
         return Piece.of(self.code[i] for i in [*self._way(head, back, quiet), back])
 
@@ -309,8 +315,9 @@ def main() -> None:
                 wide = {x: sum(i.wide == 16 for i in k.code if i.opcode.startswith(x)) for x in ("LDG", "STG")}
                 print(
                     f"{k.name}\n  {k.registers} registers, {k.stack} bytes of stack, {k.local_accesses} accesses of "
-                    f"local memory, {len(k.code)} instructions, {k.count(_EXPONENTIAL)} exponentials; 16-byte accesses "
-                    f"of global memory: {wide['LDG']} loads, {wide['STG']} stores\n"
+                    f"local memory, {len(k.code)} instructions ({k.fetched} without diverged lanes), "
+                    f"{k.count(_EXPONENTIAL)} exponentials; 16-byte accesses of global memory: {wide['LDG']} loads, "
+                    f"{wide['STG']} stores\n"
                     f"  a class: {k.per_class(args.itemsize, args.held)}"
                     + (f"; of one more row: {len(k.row.opcodes) / args.held:.1f}" if k.row and args.held else "")
                 )

@@ -50,6 +50,17 @@ CAUGHT = {
     "endless_loop": ("the launch does not end", INPUT),
     "endless_shuffling": ("the launch does not end", NEIGHBOURS),
 }  # fmt: skip
+# On two blocks of 32 threads, one cluster.
+SWAPPED = INPUT[32:] + INPUT[:32]
+IN_CLUSTERS = {
+    "cluster_barrier_not_reached_by_all": (
+        r"block \(0, 0, 0\).*cluster_barrier \(faults\.cu:\d+\) waits for thread \(0, 0, 0\) of block \(1, 0, 0\), which has "
+        "exited"
+    ),
+    "block_that_has_ended": "shared memory of block [01], which has ended",
+    "mbarrier_without_a_start": "an mbarrier that has not been initialised",
+    "bytes_that_never_come": r"block \(0, 0, 0\).*mbarrier_wait \(faults\.cu:\d+\) waits for 4 bytes",
+}
 # These show as a result that differs: from order to order, or from the truth.
 SHOWN = {
     "missing_barrier": INPUT[::-1],
@@ -74,6 +85,8 @@ def run(request, faults, monkeypatch):
     def run(kernel, planted):
         # One thread of each block is enough where blocks are what is tested.
         shape = {"blocks": N, "threads": 1} if kernel == "blocks_that_depend" else {}
+        if kernel in IN_CLUSTERS:
+            shape = {"blocks": 2, "threads": 32, "cluster": 2}
         return faults.run(kernel, planted, INPUT, **shape)
 
     return run
@@ -86,6 +99,25 @@ def test_caught(run, kernel):
     assert str(error.value).startswith(f"{kernel}: ")
     # The process goes on, and the next launch finds nothing of this one.
     assert run("copy", False) == INPUT
+
+
+@pytest.mark.parametrize("kernel", IN_CLUSTERS)
+def test_caught_in_clusters(run, kernel):
+    with pytest.raises(RuntimeError, match=IN_CLUSTERS[kernel]) as error:
+        run(kernel, True)
+    assert str(error.value).startswith(f"{kernel}: ")
+    assert run(kernel, False) == SWAPPED
+
+
+def test_bytes_not_waited_for(faults, monkeypatch):
+    """They come at once in the first order, and too late in the others."""
+    shape = {"blocks": 2, "threads": 32, "cluster": 2}
+    monkeypatch.setattr(faults.settings, "order", faults.Order.shuffled)
+    with pytest.raises(
+        RuntimeError, match=r"block [01], which has ended|a cluster has ended before what its blocks have sent"
+    ):
+        faults.run("bytes_not_waited_for", True, INPUT, **shape)
+    assert faults.run("bytes_not_waited_for", False, INPUT, **shape) == SWAPPED
 
 
 @pytest.mark.parametrize("kernel", SHOWN)
@@ -105,6 +137,7 @@ def test_shown(faults, kernel, monkeypatch):
         ({"threads": 0}, "a launch of 0 threads a block"),
         ({"threads": 1025}, "a launch of 1025 threads a block"),
         ({"blocks": 0}, r"a launch of \(0, 1, 1\) blocks"),
+        ({"blocks": 3, "cluster": 2}, r"a launch of \(3, 1, 1\) blocks of 64 threads in clusters of 2"),
         ({"shared_bytes": 48 * 1024 + 1}, "a launch with 49153 bytes of shared memory, where 49152 are granted"),
     ],
     ids=str,

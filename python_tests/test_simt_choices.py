@@ -29,6 +29,12 @@ CHOICES = {
     "a warp a row": {"lanes": 32, "blocks": 1},
     "a block a row": {"lanes": 64, "blocks": 1},
     "a cluster a row": {"lanes": 128, "cluster": 2, "blocks": 2},
+    "clusters of four, ranks over 2 in a launch of their own": {
+        "lanes": 256,
+        "cluster": 4,
+        "list_room": 2,
+        "blocks": 8,
+    },
     "a block a row, ranks over 2 in a launch of their own": {"lanes": 64, "list_room": 2, "blocks": 2},
     "read twice": {"from_memory": 1, "threads": 64},
     "read twice, ranks over 4 in a launch of their own": {"from_memory": 1, "threads": 64, "list_room": 4, "blocks": 1},
@@ -76,6 +82,22 @@ def test_shapes(backend, simt, choice, shape, variant):
     want = expected(shape, variant.name)
     got = in_every_order(simt, lambda: cases.run(want.rows, variant, backend)[:-1])
     assert_matches(cases.Result(*got), want)
+
+
+@pytest.mark.parametrize("variant", [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "dkd-lskd-scalar-T")], ids=str)
+def test_in_place(backend, simt, choice, variant):
+    """The gradient over the logits that the row's other threads may still have to read: to the bit as beside them."""
+    for shape in SHAPES[2:]:
+        student, teacher, target = cases.make_rows(shape.N, shape.C)
+
+        def call(inplace, student=student, teacher=teacher, target=target):
+            logits = student.clone().requires_grad_() * 1
+            loss = variant.function(logits, teacher, target, inplace=inplace, backend=backend, **variant.options)
+            return [loss.detach(), *torch.autograd.grad(loss.sum(), logits)]
+
+        got = in_every_order(simt, lambda call=call: call(True))
+        for one, other in zip(got, call(False), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtypes", [d for d in cases.DTYPES if d != (F32, F32)], ids=cases.dtype_id)

@@ -18,8 +18,8 @@ struct Vectors {
   int head, count;
 
   SORTKD_DEVICE Vectors(const Params<T>& p, int64_t row) : p(p) {
-    // Unsigned: quotients by a power of two are shifts.
-    const uint64_t at = static_cast<uint64_t>(row) * static_cast<unsigned>(p.C) + static_cast<unsigned>(p.shift);
+    // Unsigned: a product of 32 by 32 bits, and quotients by a power of two are shifts.
+    const uint64_t at = static_cast<uint64_t>(static_cast<unsigned>(row)) * static_cast<unsigned>(p.C) + p.shift;
     first = static_cast<unsigned>(at / W);
     head = static_cast<int>(at % W);
     count = static_cast<int>(static_cast<unsigned>(head + p.C + W - 1) / W);
@@ -28,7 +28,6 @@ struct Vectors {
   SORTKD_DEVICE int begin() const { return head > 0; }
   SORTKD_DEVICE int whole() const { return static_cast<int>(static_cast<unsigned>(head + p.C) / W); }
   SORTKD_DEVICE bool inner(int g) const { return g >= begin() && g < whole(); }
-  SORTKD_DEVICE bool has_edges() const { return (head | (head + p.C) % W) != 0; }
   SORTKD_DEVICE int before() const { return head > 0 ? W - head : 0; }
   SORTKD_DEVICE int after() const { return max(whole(), begin()) * W - head; }
 
@@ -38,8 +37,10 @@ struct Vectors {
   using Raw = uint4;
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4(g)), t = __ldcs(teacher4(g)); }
   static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { unpack<X>(raw, x); }
-  SORTKD_DEVICE T student(int c) const { return widened(reinterpret_cast<const X*>(student4(0))[c + head]); }
-  SORTKD_DEVICE T teacher(int c) const { return widened(reinterpret_cast<const X*>(teacher4(0))[c + head]); }
+  SORTKD_DEVICE const X* student_at(int c) const { return reinterpret_cast<const X*>(student4(0)) + (c + head); }
+  SORTKD_DEVICE const X* teacher_at(int c) const { return reinterpret_cast<const X*>(teacher4(0)) + (c + head); }
+  SORTKD_DEVICE T student(int c) const { return widened(*student_at(c)); }
+  SORTKD_DEVICE T teacher(int c) const { return widened(*teacher_at(c)); }
   SORTKD_DEVICE void store(unsigned g, const T* grad) const { *grad4(g) = pack<X>(grad); }
   SORTKD_DEVICE void put(int c, T grad) const { reinterpret_cast<X*>(grad4(0))[c + head] = narrowed<X>(grad); }
 };

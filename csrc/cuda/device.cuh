@@ -18,8 +18,8 @@
 
 #define SORTKD_DEVICE __device__ __forceinline__
 
-// Shared memory of other blocks of a cluster.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Clusters of blocks, which see each other's shared memory.
+#if defined(SORTKD_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
 #define SORTKD_CLUSTER 1
 #else
 #define SORTKD_CLUSTER 0
@@ -130,31 +130,101 @@ SORTKD_DEVICE void copies_wait() {
 
 SORTKD_DEVICE unsigned lane_id() { return threadIdx.x % kWarp; }
 
-// The blocks of a cluster see each other's shared memory. The harness has no clusters: it runs the same row on one
-// block of as many threads.
+// This block of its cluster.
 SORTKD_DEVICE unsigned cluster_rank() {
-#if SORTKD_CLUSTER
-  unsigned rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+#if defined(SORTKD_SIMT)
+  return simt::machine.current->rank;
 #else
-  return 0;
+  unsigned rank = 0;
+#if SORTKD_CLUSTER
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
 #endif
 }
 SORTKD_DEVICE void cluster_barrier() {
-#if SORTKD_CLUSTER
+#if defined(SORTKD_SIMT)
+  simt::cluster_barrier();
+#elif SORTKD_CLUSTER
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 // The address, in the shared memory of block `rank`, of what lies at `place` in this one's.
 template <typename V>
 SORTKD_DEVICE V* in_block(V* place, unsigned rank) {
-#if SORTKD_CLUSTER
+#if defined(SORTKD_SIMT)
+  return simt::in_block(place, rank);
+#elif SORTKD_CLUSTER
   unsigned long long there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
   return reinterpret_cast<V*>(there);
 #else
   return place;
+#endif
+}
+
+// An mbarrier of one arrival: a phase of it is over when its block has said how many bytes the cluster's blocks send to
+// their places, and these have come. What was sent is there then, with no barrier of all threads and no fence, which
+// would wait for the gradient's stores too.
+using Mbarrier = uint64_t;
+SORTKD_DEVICE unsigned shared_address(const void* place) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<unsigned>(__cvta_generic_to_shared(place));
+#else
+  (void)place;
+  return 0;
+#endif
+}
+SORTKD_DEVICE void mbarrier_init(Mbarrier* barrier) {
+#if defined(SORTKD_SIMT)
+  simt::mbarrier_init(barrier);
+#elif SORTKD_CLUSTER
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+SORTKD_DEVICE void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
+#if defined(SORTKD_SIMT)
+  simt::mbarrier_arrive_expect(barrier, bytes);
+#elif SORTKD_CLUSTER
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+// Until the phase of this parity is over.
+SORTKD_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
+#if defined(SORTKD_SIMT)
+  simt::mbarrier_wait(barrier, parity);
+#elif SORTKD_CLUSTER
+  unsigned over = 0;
+  while (!over)
+    asm volatile("{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+                 : "=r"(over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
+}
+// Sends `value` to `place`, and the number of its bytes to `barrier`, of block `rank`.
+template <typename V>
+SORTKD_DEVICE void send_async(V* place, const V& value, Mbarrier* barrier, unsigned rank) {
+  static_assert(sizeof(V) % 4 == 0);
+#if defined(SORTKD_SIMT)
+  simt::sends.send(place, value, barrier, rank);
+#elif SORTKD_CLUSTER
+  unsigned words[sizeof(V) / 4], to, there;
+  memcpy(words, &value, sizeof(V));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(there)
+                 : "memory");
+  } else {
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(V) / 4; ++i)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to + 4 * i), "r"(words[i]),
+                   "r"(there)
+                   : "memory");
+  }
 #endif
 }
 

@@ -28,11 +28,12 @@ struct Sums {
   static SORTKD_DEVICE Sums none() { return {}; }
 };
 
-// What a reduction takes of shared memory: for each warp (and lane, of columns) a value of at most so many bytes. Two
-// turns, so that one barrier a reduction is enough.
-constexpr int kPartialBytes = 64;
+// What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns, and for each warp (and
+// lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
+constexpr int kPartialBytes = 64, kMbarrierBytes = 2 * sizeof(Mbarrier);
 constexpr int partial_bytes(Kind kind, int threads, int cluster) {
-  return 2 * kPartialBytes * (kind == Kind::Lanes ? threads / 32 : kind == Kind::Block ? threads / 32 * cluster : threads);
+  const int values = kind == Kind::Lanes ? 0 : kind == Kind::Block ? threads / 32 * cluster : threads;
+  return kMbarrierBytes + 2 * kPartialBytes * values;
 }
 
 template <typename V>
@@ -104,21 +105,30 @@ struct Group {
   int slot;       // the row's place among the block's
   int cluster;    // blocks of the row, for Kind::Block
   unsigned rank;  // this block among them
-  int turn;
+  int turns;      // reductions until now
 
-  SORTKD_DEVICE Group(int log_lanes, int blocks) : cluster(blocks), rank(0), turn(0) {
+  SORTKD_DEVICE Group(int log_lanes, int cluster) : cluster(cluster), rank(0), turns(0) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     if constexpr (kind == Kind::Lanes) {
       size = 1 << log_lanes, member = thread & (size - 1), slot = thread >> log_lanes;
     } else if constexpr (kind == Kind::Block) {
-      if (cluster > 1) rank = cluster_rank();
-      size = threads * cluster, member = static_cast<int>(rank) * threads + thread, slot = 0;
+      if (blocks() > 1) rank = cluster_rank();
+      size = threads * blocks(), member = static_cast<int>(rank) * threads + thread, slot = 0;
     } else {
       size = threads / 32, member = thread / 32, slot = thread % 32;
     }
   }
 
-  SORTKD_DEVICE int blocks() const { return kind == Kind::Block ? cluster : 1; }
+  SORTKD_DEVICE int blocks() const { return kind == Kind::Block && SORTKD_CLUSTER ? cluster : 1; }
+  // Of a cluster's blocks: the others' shared memory is there; and nobody looks into this one's any more.
+  SORTKD_DEVICE void open() const {
+    if (blocks() == 1) return;
+    if (threadIdx.x < 2) mbarrier_init(mbarrier(static_cast<int>(threadIdx.x)));
+    cluster_barrier();
+  }
+  SORTKD_DEVICE void close() const {
+    if (blocks() > 1) cluster_barrier();
+  }
   // Among those of the grid that work on rows of their own.
   SORTKD_DEVICE int index() const { return static_cast<int>(blockIdx.x) / blocks(); }
   // Whether this thread has vector g of its row.
@@ -135,7 +145,7 @@ struct Group {
       __syncthreads();
   }
   SORTKD_DEVICE void sync() const {
-    if (kind == Kind::Block && cluster > 1)
+    if (blocks() > 1)
       cluster_barrier();
     else
       list_sync();
@@ -149,75 +159,78 @@ struct Group {
     return says;
   }
 
+  static SORTKD_DEVICE Mbarrier* mbarrier(int turn) { return reinterpret_cast<Mbarrier*>(shared_memory()) + turn; }
+  template <typename V>
+  SORTKD_DEVICE V* partials(int count) const {
+    static_assert(sizeof(V) <= kPartialBytes);
+    return reinterpret_cast<V*>(shared_memory() + kMbarrierBytes + (turns & 1) * kPartialBytes * count);
+  }
+  SORTKD_DEVICE int row_warps() const { return static_cast<int>(static_cast<unsigned>(size) / kWarp); }
+
+  // What each warp of a row's blocks has, by block and warp: in order, and in every thread.
+  template <typename V>
+  SORTKD_DEVICE const V* exchanged(const V& value) {
+    const int count = row_warps(), lane = static_cast<int>(lane_id());
+    V* const all = partials<V>(count);
+    V* const place = all + static_cast<unsigned>(member) / kWarp;
+    if (blocks() > 1) {
+      // Who is two turns ahead has had this turn's values of every warp, which have read those of the turn before.
+      Mbarrier* const barrier = mbarrier(turns & 1);
+      if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, count * static_cast<int>(sizeof(V)));
+      if (lane < blocks()) send_async(place, value, barrier, static_cast<unsigned>(lane));
+      mbarrier_wait(barrier, turns >> 1 & 1);
+    } else {
+      if (lane == 0) *place = value;
+      __syncthreads();
+    }
+    ++turns;
+    return all;
+  }
+
   // The values of the row's threads merged in a fixed order, in every thread.
   template <typename V>
   SORTKD_DEVICE V merged(V value) {
-    static_assert(sizeof(V) <= kPartialBytes);
+    const int lane = static_cast<int>(lane_id());
     if constexpr (kind == Kind::Lanes) {
 #pragma unroll 1
       for (int offset = size >> 1; offset >= 1; offset >>= 1) value.merge(value.shuffled_xor(offset));
-      return value;
-    }
-    const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
-    const int lane = static_cast<int>(lane_id());
-    if constexpr (kind == Kind::Columns) {
-      V* const partial = reinterpret_cast<V*>(shared_memory() + turn * kPartialBytes * static_cast<int>(blockDim.x));
-      turn ^= 1;
-      partial[threadIdx.x] = value;
+    } else if constexpr (kind == Kind::Columns) {
+      V* const all = partials<V>(static_cast<int>(blockDim.x));
+      ++turns;
+      all[threadIdx.x] = value;
       __syncthreads();
-      value = partial[lane];
+      value = all[lane];
 #pragma unroll 1
-      for (int w = 1; w < warps; ++w) value.merge(partial[w * 32 + lane]);
-      return value;
-    }
-    V* const partial = reinterpret_cast<V*>(shared_memory() + turn * kPartialBytes * warps * cluster);
-    turn ^= 1;
-    value = warp_merged(value);
-    if (cluster > 1) {
-      if (lane < cluster) *in_block(partial + static_cast<int>(rank) * warps + warp, lane) = value;
-      cluster_barrier();
+      for (int w = 1; w < size; ++w) value.merge(all[w * 32 + lane]);
     } else {
-      if (lane == 0) partial[warp] = value;
-      __syncthreads();
-    }
-    value = V::none();
+      const V* const all = exchanged(warp_merged(value));
+      value = V::none();
 #pragma unroll 1
-    for (int i = lane; i < warps * cluster; i += 32) value.merge(partial[i]);
-    return warp_merged(value);
+      for (int i = lane; i < row_warps(); i += 32) value.merge(all[i]);
+      value = warp_merged(value);
+    }
+    return value;
   }
 
-  // The sums over a row of a warp or of blocks, in few instructions, and whether any of its threads says so. The first
-  // sum is not negative: for a warp that says so its sign does.
+  // The sums over a row of a warp or of blocks, in few instructions; and whether any of the blocks' threads says so, by
+  // the sign of its warp's first sum, which is not negative.
   template <int n>
   SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, bool& says) {
-    float mine = warp_scattered(sums);
+    const Sums<float, n> own = warp_gathered<n>(warp_scattered(sums));
+    if constexpr (kind == Kind::Lanes) return own;
     says = __any_sync(kFullMask, says);
-    if constexpr (kind == Kind::Lanes) return warp_gathered<n>(mine);
-    const int warps = static_cast<int>(blockDim.x / kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
-    const int lane = static_cast<int>(lane_id());
-    if (says && lane < 8) mine = -mine;
-    float4* const partial = reinterpret_cast<float4*>(shared_memory() + turn * kPartialBytes * warps * cluster);
-    turn ^= 1;
-    float* const place = reinterpret_cast<float*>(partial + static_cast<int>(rank) * warps + warp) + lane / 8;
-    if (cluster > 1) {
-      // Eight lanes have each sum.
-#pragma unroll 1
-      for (int to = lane % 8; to < cluster; to += 8) *in_block(place, static_cast<unsigned>(to)) = mine;
-      cluster_barrier();
-    } else {
-      if (lane % 8 == 0) *place = mine;
-      __syncthreads();
-    }
-    Sums<float, 4> all{};
+    const float4* const all =
+        exchanged(make_float4(says ? -own.of[0] : own.of[0], own.of[1], own.of[2], n > 3 ? own.of[n - 1] : 0));
+    Sums<float, 4> mine{};
     says = false;
 #pragma unroll 1
-    for (int i = lane; i < warps * cluster; i += 32) {
-      const float4 part = partial[i];
-      all.merge({fabsf(part.x), part.y, part.z, part.w});
+    for (int i = static_cast<int>(lane_id()); i < row_warps(); i += 32) {
+      const float4 part = all[i];
+      mine.merge({fabsf(part.x), part.y, part.z, part.w});
       says |= __float_as_int(part.x) < 0;
     }
     says = __any_sync(kFullMask, says);
-    return warp_gathered<n>(warp_scattered(all));
+    return warp_gathered<n>(warp_scattered(mine));
   }
 };
 

@@ -53,6 +53,13 @@ struct HeldRows {
   // From a vector of a thread to its next one, and from the student's to the teacher's.
   static constexpr int kNext = kWarp, kTeacher = kHeld * kWarp;
 
+  // Of a row that is on its way. A block's threads do not see each other's copies: each loads the label's logits, and
+  // for that the label comes a row earlier.
+  struct Coming {
+    int64_t label, after;  // of this row, and of a block's next one
+    X student, teacher;    // of a block's row, at the label
+  };
+
   // What is left of a row's logits.
   struct Pass {
     V access;
@@ -78,6 +85,7 @@ struct HeldRows {
   const Params<float>& p;
   Group<kKind>& group;
   List<float, kKind, false> list;
+  const int first_vector;  // of the thread
   uint4* const stage;
   const int rows;
   const float scale, fourth;  // fourth: whether e^4 is the exponential of the cross-entropy
@@ -87,37 +95,49 @@ struct HeldRows {
       : p(p),
         group(group),
         list(p.list, group),
-        stage(compiler_barrier(reinterpret_cast<uint4*>(shared_memory() + p.stage) + first_vector())),
+        first_vector(kKind == Kind::Lanes ? group.member
+                                          : group.member / static_cast<int>(kWarp) * (kHeld * static_cast<int>(kWarp)) +
+                                                static_cast<int>(lane_id())),
+        stage(compiler_barrier(reinterpret_cast<uint4*>(shared_memory() + p.stage) +
+                               threadIdx.x / kWarp * (stage_bytes(kKind, kHeld, W) / 16) + lane_id())),
         rows(static_cast<int>(p.rows)),
         scale(p.inverse_temperature * static_cast<float>(kLog2e)),
         fourth(p.power == 4 ? 1.0f : 0.0f),
         weight(1) {}
 
   SORTKD_DEVICE int log_lanes() const { return kLogLanes >= 0 ? kLogLanes : p.log_lanes; }
-  static SORTKD_DEVICE int first_vector() {
-    return static_cast<int>(threadIdx.x / kWarp) * (stage_bytes(kKind, kHeld, W) / 16) + static_cast<int>(lane_id());
-  }
+  // From a thread's vector of the row to its next one: a block's warps have neighbouring vectors each.
+  SORTKD_DEVICE int stride() const { return kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp); }
 
   SORTKD_DEVICE bool here(int row) const { return kOneRow || row < rows; }
   // Whether one of the rows that take their steps together says so.
   SORTKD_DEVICE bool any(bool says) const { return kOneRow ? says : group.any(says); }
 
-  // Starts the row's way to shared memory, and returns its label.
-  SORTKD_DEVICE int64_t fetch(int row) const {
-    if (row >= rows) return 0;
-    const int64_t label = p.target[row];
+  // Starts the row's way to shared memory.
+  SORTKD_DEVICE void fetch(int row, Coming& coming) const {
+    if constexpr (kKind == Kind::Block) coming.label = coming.after;
+    if (row >= rows) return;
     const V access(p, row);
-    const uint4* const student = compiler_barrier(access.student4(group.member));
-    const uint4* const teacher = compiler_barrier(access.teacher4(group.member));
-    const int left = access.count - group.member;
+    if constexpr (kKind == Kind::Block) {
+      if (is_class(coming.label)) {
+        coming.student = *access.student_at(static_cast<int>(coming.label));
+        coming.teacher = *access.teacher_at(static_cast<int>(coming.label));
+      }
+      if (p.step < rows - row) coming.after = p.target[row + p.step];
+    } else {
+      coming.label = p.target[row];
+    }
+    const uint4* const student = compiler_barrier(access.student4(first_vector));
+    const uint4* const teacher = compiler_barrier(access.teacher4(first_vector));
+    const int left = access.count - first_vector;
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      if (group.size * j >= left) continue;
-      copy_async(stage + kNext * j, student + group.size * j);
-      copy_async(stage + kTeacher + kNext * j, teacher + group.size * j);
+      if (stride() * j >= left) continue;
+      copy_async(stage + kNext * j, student + stride() * j);
+      copy_async(stage + kTeacher + kNext * j, teacher + stride() * j);
     }
-    return label;
   }
+  SORTKD_DEVICE bool is_class(int64_t label) const { return static_cast<uint64_t>(label) < static_cast<unsigned>(p.C); }
 
   // Class i of vector j of the thread that is `lanes` further.
   SORTKD_DEVICE X* staged(int j, int i, int lanes = 0) const { return reinterpret_cast<X*>(stage + lanes + kNext * j) + i; }
@@ -126,9 +146,8 @@ struct HeldRows {
     staged(j, i)[kTeacher * W] = narrowed<X>(kBlank);
   }
   SORTKD_DEVICE int class_of(const V& access, int j, int i) const {
-    return (group.member + group.size * j) * W + i - access.head;
+    return (first_vector + stride() * j) * W + i - access.head;
   }
-  SORTKD_DEVICE float* notes() const { return reinterpret_cast<float*>(shared_memory() + p.list.notes); }
 
   // Where p is 0 a class counts 0, whatever q.
   static SORTKD_DEVICE void add_cross(RowSums& sums, float u, float v, float e_t) {
@@ -148,57 +167,57 @@ struct HeldRows {
 
   // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
   // the next one's logits, that one waits.
-  SORTKD_DEVICE int run(int row) {
-    int64_t label = fetch(row);
-    int count = 0;
-    if (p.mean) count = counted_rows(p), weight = reciprocal(static_cast<float>(count));
+  SORTKD_DEVICE void run(int row) {
+    Coming coming{};
+    if (kKind == Kind::Block && row < rows) coming.after = p.target[row];
+    fetch(row, coming);
+    list.clear();
+    if (p.mean) {
+      const int count = counted_rows(p);
+      weight = count > 0 ? reciprocal(static_cast<float>(count)) : 0.0f;
+    }
     const int lane_row = kOneRow ? 0 : static_cast<int>(lane_id()) >> log_lanes();
 #pragma unroll 1
     while (row - lane_row < rows) {
       Pass pass{V(p, here(row) ? row : 0)};
-      take(pass, row, label);
+      take(pass, row, coming);
       const int next = row + p.step;
-      if (!pass.shares) label = fetch(next);
+      if (!pass.shares) fetch(next, coming);
       finish(pass, row);
-      if (pass.shares) label = fetch(next);
+      if (pass.shares) fetch(next, coming);
       row = next;
     }
-    return count;
   }
 
   // The pass that takes the exponentials and their sums.
-  SORTKD_DEVICE void take(Pass& pass, int row, int64_t label) const {
-    const bool is_class = static_cast<uint64_t>(label) < static_cast<unsigned>(p.C);
-    assert((is_class || label == p.config.ignore_index) && "a label is outside [0, C)");
-    const bool counts = here(row) && is_class && static_cast<int>(label) != p.ignored;
+  SORTKD_DEVICE void take(Pass& pass, int row, const Coming& coming) const {
+    const int64_t label = coming.label;
+    assert((is_class(label) || label == p.config.ignore_index) && "a label is outside [0, C)");
+    const bool counts = here(row) && is_class(label) && static_cast<int>(label) != p.ignored;
     const V& access = pass.access;
     const int y = counts ? static_cast<int>(label) : 0;
     const unsigned place = static_cast<unsigned>(y + access.head);
     const int label_vector = static_cast<int>(place / W), label_i = static_cast<int>(place % W);
-    int label_j = kKind == Kind::Lanes ? label_vector >> log_lanes() : 0;  // label_vector / group.size
-    if constexpr (kKind == Kind::Block)
-#pragma unroll 1
-      while (label_vector >= group.size * (label_j + 1)) ++label_j;
+    const int label_j = kKind == Kind::Lanes ? label_vector >> log_lanes() : label_vector >> 5 & (kHeld - 1);
     pass.y = counts ? y : -1;
-    pass.has_label = counts && label_vector - label_j * group.size == group.member;
+    pass.has_label = counts && label_vector - label_j * stride() == first_vector;
 
     copies_wait();
     if constexpr (kKind == Kind::Lanes) {
       __syncwarp();
-      const X* const at = staged(label_j, label_i, label_vector - label_j * group.size - group.member);
+      const X* const at = staged(label_j, label_i, label_vector - label_j * stride() - first_vector);
       pass.student_label = widened(*at), pass.teacher_label = widened(at[kTeacher * W]);
       __syncwarp();
-      if (!counts) pass.student_label = pass.teacher_label = 0;
     } else {
-      pass.student_label = pass.teacher_label = 0;
-      if (counts) pass.student_label = access.student(y), pass.teacher_label = access.teacher(y);
+      pass.student_label = widened(coming.student), pass.teacher_label = widened(coming.teacher);
     }
+    if (!counts) pass.student_label = pass.teacher_label = 0;
 
     // What is not of the row, nor is another class than the label.
     const int whole = counts ? access.whole() : 0;
 #pragma unroll 1
-    for (int j = kHeld - 1; j >= 0 && group.member + group.size * j >= whole; --j) {
-      if (!counts || group.member + group.size * j >= access.count) {
+    for (int j = kHeld - 1; j >= 0 && first_vector + stride() * j >= whole; --j) {
+      if (!counts || first_vector + stride() * j >= access.count) {
         float values[W];
 #pragma unroll
         for (float& value : values) value = kBlank;
@@ -278,9 +297,8 @@ struct HeldRows {
   // Adds what the list has to the sums, or makes them again, relative to the maxima. False where the list has no room.
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
     const V& access = pass.access;
-    float second = pass.teacher_label;
+    const bool has_list = whole.fix && group.keeps_list();
     if (whole.fix) {
-      list.clear();
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
@@ -290,37 +308,22 @@ struct HeldRows {
       whole.listed = list.counted();
       if (kKind == Kind::Block && whole.listed > p.list.room) {
         if (group.member == 0) p.overflow[row] = 1;
+        group.sync();
+        list.clear();
         return false;
       }
-      if (group.keeps_list()) {
-        list.put_in_order(whole.listed);
-        if (whole.listed > 0) whole.top = list[0].value();
-        if (whole.listed > 1) second = list[1].value();
-        if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) {
-          float* const there = in_block(notes(), threadIdx.x);
-          there[0] = whole.top, there[1] = second;
-        }
-      }
-      if (group.blocks() > 1) {
-        group.sync();
-        whole.top = notes()[0], second = notes()[1];
-      }
+      if (group.keeps_list()) list.put_in_order(whole.listed);
     }
-    if (p.config.correction == Correction::None) second = whole.top;
 
-    // What is on the list is the largest there is of the teacher.
-    if (whole.listed > 0) {
-      const float v = fmaf(second, scale, whole.offset_t);
-      whole.slow = pass.y >= 0 && !(v < log2_of(256 * static_cast<float>(p.C)) &&
-                                    scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
-    }
-    // Of rows that leave the range of their sums, the maxima first, and then the sums relative to these.
-    Part<kSums> part;
+    // The list; and where a sum leaves its range, which the list can make it do, the maxima, and the sums relative to
+    // these. The rows of a warp take the steps together.
+    enum { kList, kMaxima, kAgain };
+    float second = pass.teacher_label;
 #pragma unroll 1
-    for (bool to_maxima = any(whole.slow);; to_maxima = false) {
-      part = {};
+    for (int step = whole.fix ? kList : kMaxima;; ++step) {
+      Part<kSums> part;
 #pragma unroll 1
-      for (int c = group.member; whole.slow && c < p.C; c += group.size) {
+      for (int c = group.member; step != kList && whole.slow && c < p.C; c += group.size) {
         if (c == pass.y) continue;
         const float a = access.student(c), b = access.teacher(c);
         const bool high = b > pass.threshold;
@@ -328,25 +331,40 @@ struct HeldRows {
         part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
         add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
       }
-      if (!to_maxima && whole.fix && group.keeps_list())
 #pragma unroll 1
-        for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
-          const float u = fmaf(access.student(list[at].c()), scale, whole.offset_s);
-          const float v = fmaf(corrected(pass, whole, at), scale, whole.offset_t);
-          const float e_t = power_of_two(v);
-          part.sums.of[kZTeacher] += e_t;
-          add_cross(part.sums, u, v, e_t);
-        }
+      for (int at = group.list_member(); has_list && at < whole.listed && (step == kList || (step == kAgain && whole.slow));
+           at += group.list_size()) {
+        // All blocks learn the two largest of the teacher.
+        if (step == kList && at == 0) part.teacher = list[0].value();
+        if (step == kList && at == 1) part.student = list[1].value();
+        const float u = fmaf(access.student(list[at].c()), scale, whole.offset_s);
+        const float v = fmaf(corrected(pass, whole, at), scale, whole.offset_t);
+        const float e_t = power_of_two(v);
+        part.sums.of[kZTeacher] += e_t;
+        add_cross(part.sums, u, v, e_t);
+      }
       part = group.merged(part);
-      if (!to_maxima) break;
-      if (whole.slow) {
+      if (step == kList) list.clear();  // all have read the count, and the next to append are behind another barrier
+      if (step == kMaxima) {
+        if (!whole.slow) continue;
         if (whole.listed > 0) part.teacher = fmaxf(part.teacher, second);
         whole.offset_s = -(reference_of(part.student, pass.student_label) * scale);
         whole.offset_t = -(reference_of(part.teacher, pass.teacher_label) * scale);
         whole.sums = {};
+        continue;
       }
+      if (step == kList && whole.listed > 0) {
+        whole.top = part.teacher;
+        if (whole.listed > 1) second = part.student;
+        if (p.config.correction == Correction::None) second = whole.top;
+        // What is on the list is the largest there is of the teacher.
+        const float v = fmaf(second, scale, whole.offset_t);
+        whole.slow = pass.y >= 0 && !(v < log2_of(256 * static_cast<float>(p.C)) &&
+                                      scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
+      }
+      whole.sums.merge(part.sums);
+      if (step == kAgain || !any(whole.slow)) break;
     }
-    whole.sums.merge(part.sums);
     if (p.config.correction == Correction::None) whole.top = pass.teacher_label;
     return true;
   }
@@ -363,7 +381,6 @@ struct HeldRows {
     whole.fix = kKind == Kind::Block ? pass.higher : pass.shares;
     whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
     whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
-    if (kKind == Kind::Block && p.overflow && group.member == 0) p.overflow[row] = 0;
     if (whole.fix || any(whole.slow))
       if (!complete(pass, whole, row)) return;
 
@@ -373,12 +390,14 @@ struct HeldRows {
                           z_ce(whole),
                           fmaf(pass.student_label, scale, whole.offset_s),
                           fmaf(whole.top, scale, whole.offset_t)};
-    // The sums of a row that does not count are 0, so that its terms are.
-    float weight = counts ? this->weight : 0.0f;
+    // The sums of a row that does not count are 0, so that its terms are, and its gradient.
+    float weight = this->weight;
     if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
-    const KdTerms on = kd_terms(p, row_sums, p.temperature_value, weight * p.kd_weight * p.temperature_value,
-                                weight * p.ce_weight, kCe ? p.power : 0);
-    if (here(row) && group.member == 0) write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
+    const KdTerms on = kd_terms(p, row_sums, weight, kCe ? p.power : 0);
+    if (here(row) && group.member == 0) {
+      write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
+      if (kKind == Kind::Block && p.overflow) p.overflow[row] = 0;
+    }
     if (p.grad) {
       // Of the exponential's first, second and fourth power.
       const float first = on.on_student + (p.power == 1 ? on.on_ce : 0.0f), second = p.power == 2 ? on.on_ce : 0.0f;
@@ -398,16 +417,16 @@ struct HeldRows {
         group.sync();
       }
       const bool by_class = whole.slow || p.scalar_grads;
-      const int end = here(row) && !by_class ? access.whole() - group.member : 0;
-      uint4* const to = compiler_barrier(access.grad4(group.member));
+      const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
+      uint4* const to = compiler_barrier(access.grad4(first_vector));
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         float grads[W];
 #pragma unroll
         for (int i = 0; i < W; ++i) grads[i] = gradient(pass.s[j * W + i], pass.t[j * W + i]);
-        store_if(group.size * j < end && (j > 0 || group.member >= access.begin()), to + group.size * j, pack<X>(grads));
+        store_if(stride() * j < end && (j > 0 || first_vector >= access.begin()), to + stride() * j, pack<X>(grads));
       }
-      if (here(row) && (by_class || access.has_edges()))
+      if (here(row) && (by_class || !p.aligned))
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y,
                   [&](int c) { return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f; });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
@@ -432,11 +451,11 @@ __global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowB
   const int slots = kKind == Kind::Lanes ? static_cast<int>(blockDim.x) >> log_lanes : 1;
   if (group.keeps_list()) open_ticket(p);
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
-  if (group.blocks() > 1) cluster_barrier();  // the others' shared memory is there
+  group.open();
   HeldRows<X, kKind, kHeld, kLogLanes, kMode> rows(p, group);
-  const int count = rows.run(group.index() * slots + group.slot);
-  if (p.reduced && group.keeps_list()) reduce(p, count, slots, group.index());
-  if (group.blocks() > 1) cluster_barrier();  // others may still look into this block's memory
+  rows.run(group.index() * slots + group.slot);
+  if (p.reduced && group.keeps_list()) reduce(p, slots, group.index());
+  group.close();
 }
 
 }  // namespace cuda

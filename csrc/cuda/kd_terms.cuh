@@ -53,10 +53,9 @@ SORTKD_DEVICE float log_of_quotient(float a, float b, float difference) {
   return square <= 1.0f / 9 ? r * series : log2_of(a * reciprocal(b)) * static_cast<float>(kLn2);
 }
 
-// `temperature` is that of the row; kd_scale and ce_scale multiply the gradients of the two terms; power 0: no
-// cross-entropy.
-SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float temperature, float kd_scale, float ce_scale,
-                               int power) {
+// `weight` is that of the row, in the gradients; power 0: no cross-entropy.
+SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float weight, int power) {
+  const float temperature = p.temperature_value, kd_scale = weight * p.kd_weight * temperature, ce_scale = weight * p.ce_weight;
   // The sums relative to the label, whose exponential is exactly 1 then: 1 - q_y keeps its digits. A label far below the
   // others keeps its place, or their sums would be infinite.
   const float shift_s = sums.u_label > -1.0f ? sums.u_label : 0.0f, shift_t = sums.v_label > -1.0f ? sums.v_label : 0.0f;
@@ -64,17 +63,14 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
   const float u = sums.u_label - shift_s, v = sums.v_label - shift_t;
   const float label_s = power_of_two(u), label_t = power_of_two(v);
   const float z_s = sums.z_student * by_s, z_t = sums.z_teacher * by_t;
-  const float cross = expected(by_t, sums.cross - sums.z_teacher * (shift_t - shift_s)) * static_cast<float>(kLn2);
-  const float gap = expected(label_t, (v - u) * static_cast<float>(kLn2));
+  const float cross = expected(by_t, sums.cross - sums.z_teacher * (shift_t - shift_s)), gap = expected(label_t, v - u);
   const float all_s = z_s + label_s, all_t = z_t + label_t;
   const float inverse_s = reciprocal(all_s), inverse_t = reciprocal(all_t);
-  const float q_label = label_s * inverse_s, p_label = label_t * inverse_t;
-  const float q_others = z_s * inverse_s, p_others = z_t * inverse_t;
   const float log_all = log_of_quotient(all_s, all_t, z_s - z_t + (label_s - label_t));
 
   KdTerms terms;
-  float pull = fmaf(q_label, p_others, -(p_label * q_others));  // q_y - p_y
-  terms.kd = fmaf(cross + gap, inverse_t, log_all);
+  float pull = fmaf(label_s, z_t, -(label_t * z_s)) * inverse_s * inverse_t;  // q_y - p_y
+  terms.kd = fmaf((cross + gap) * static_cast<float>(kLn2), inverse_t, log_all);
   terms.on_student = kd_scale * inverse_s * by_s;
   terms.on_teacher = kd_scale * inverse_t * by_t;
   if (p.decoupled) {
@@ -83,7 +79,7 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
     const bool rest_t = sums.z_teacher != 0.0f, rest_s = sums.z_student != 0.0f;
     const float log_rest = log_of_quotient(sums.z_student, sums.z_teacher, sums.z_student - sums.z_teacher);
     const float beta = rest_t ? p.beta : 0.0f, log_z = log_rest + (shift_t - shift_s) * static_cast<float>(kLn2);
-    const float target = fmaf(gap - expected(z_t, log_z), inverse_t, log_all);
+    const float target = fmaf(gap * static_cast<float>(kLn2) - expected(z_t, log_z), inverse_t, log_all);
     const float mean = sums.cross * static_cast<float>(kLn2) * reciprocal(sums.z_teacher);
     const float others = !rest_t ? 0.0f : rest_s ? mean + log_rest : kInfinity<float>;
     terms.kd = weighted(p.alpha, target) + weighted(beta, others);

@@ -39,14 +39,12 @@ cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const
   return cudaLaunchKernelEx(&clusters.config, kernel, p);
 }
 #else
-// The blocks of a cluster as one block of all their threads.
 template <typename T>
-cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, Params<T> p, cudaStream_t) {
-  p.cluster = 1;
+cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t) {
   if (launch.shared_bytes > kGrantedShared)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-  simt::launch("sort_kd_rows", kernel, dim3(launch.blocks / launch.cluster), dim3(launch.threads * launch.cluster),
-               launch.shared_bytes, p);
+  simt::launch_clusters("sort_kd_rows", kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,
+                        p);
   return cudaSuccess;
 }
 #endif

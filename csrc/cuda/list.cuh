@@ -163,10 +163,9 @@ struct List {
   }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
-  // Before any thread appends.
+  // A barrier before any thread appends.
   SORTKD_DEVICE void clear() const {
     if (group.keeps_list() && group.list_member() == 0) *count() = 0;
-    group.sync();
   }
   // Beyond its room the list only counts.
   SORTKD_DEVICE void append(T value, int c) const {

@@ -97,7 +97,7 @@ Mode mode_of(const LossArgs& args) {
 template <typename T>
 struct Plan {
   Mode mode;
-  bool vectors, overflows;
+  bool vectors, aligned, overflows;
   Shape shape, rest;
   int counters, blocks, rest_blocks, room;
   unsigned* counts;
@@ -113,8 +113,9 @@ struct Plan {
     const int bytes_s = bytes_of(args.student_dtype), bytes_t = bytes_of(args.teacher_dtype);
     mode = mode_of(args);
     vectors = has_vectors(args);
+    aligned = false;
     if (vectors) {
-      const bool aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
+      aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
       shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode == Mode::General, d);
       vectors = shape.held > 0 || mode != Mode::General;
     } else if (args.layout.inner > 1 && C <= kMostColumnClasses && !args.teacher_indices && !args.acc_double()) {
@@ -187,7 +188,8 @@ struct Plan {
     p.grad = args.grad_student;
     const bool apart = vectors && past_vector(args.grad_student) != past_vector(args.student);
     p.scalar_grads = apart && args.grad_student ? p.C : 0;
-    p.shift = static_cast<int>(reinterpret_cast<uintptr_t>(args.student) % 16 / bytes_of(args.student_dtype));
+    p.aligned = aligned;
+    p.shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(args.student) % 16 / bytes_of(args.student_dtype));
     p.target = args.target;
     p.ignored = config.ignore_index >= 0 && config.ignore_index < C ? static_cast<int>(config.ignore_index) : -1;
     p.temperature = static_cast<const T*>(args.temperature);
@@ -231,11 +233,7 @@ unsigned long long fresh_nonce() {
 // Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
 template <typename T>
 Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in_device, Params<T>& p) {
-#if defined(__CUDACC__)
   const int threads = shape.threads;
-#else
-  const int threads = shape.threads * shape.cluster;  // the harness runs a cluster as one block
-#endif
   int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster);
   const auto take = [&](int count) {
     const int place = bytes;
@@ -251,6 +249,7 @@ Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
   p.merging = take(kMergingBytes * threads);
+  p.counted = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
   return {blocks, shape.threads, shape.cluster, bytes};
@@ -261,7 +260,7 @@ cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& laun
   if constexpr (std::is_same_v<T, float>) {
     if (plan.vectors) {
       Params<T> q = p;
-      const int bytes = p.shift * bytes_of(args.student_dtype);
+      const unsigned bytes = p.shift * static_cast<unsigned>(bytes_of(args.student_dtype));
       q.student = static_cast<const char*>(p.student) - bytes;
       q.teacher = static_cast<const char*>(p.teacher) - bytes;
       if (p.grad) q.grad = static_cast<char*>(p.grad) - bytes;

@@ -23,7 +23,8 @@ struct Params {
   int k;
   void* grad;
   int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
-  int shift;         // classes from a multiple of 16 bytes to the first row
+  bool aligned;      // whether each row begins and ends at such a multiple
+  unsigned shift;    // classes from one to the first row
   const int64_t* target;
   int ignored;           // the class that is ignored; -1: none of them
   const T* temperature;  // or null: temperature_value
@@ -45,7 +46,7 @@ struct Params {
   int log_lanes, cluster, groups, step;
   int64_t tiles;
   ListPlaces list;
-  int totals, merging, stage;  // as the lists' places
+  int totals, counted, merging, stage;  // as the lists' places
   // Rows with more entries than there is room for, marked for a launch of their own, or the rows of that launch.
   uint8_t* overflow;
   bool only_overflow;

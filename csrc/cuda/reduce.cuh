@@ -6,7 +6,8 @@
 namespace sortkd {
 namespace cuda {
 
-// The rows that count, in every thread: counted by each block itself, or by a launch before.
+// The rows that count, in every thread: counted by each block itself, or by a launch before. The first thread leaves them
+// in shared memory for the end.
 template <typename T>
 SORTKD_DEVICE int counted_rows(const Params<T>& p) {
   int n = 0;
@@ -22,7 +23,9 @@ SORTKD_DEVICE int counted_rows(const Params<T>& p) {
       for (int row = first; row < first + 4 * threads; row += threads)
         if (row < rows) n += p.target[row] != p.config.ignore_index;
   }
-  return block_merged(Sums<int, 1>{n}, shared_memory() + p.merging).of[0];
+  n = block_merged(Sums<int, 1>{n}, shared_memory() + p.merging).of[0];
+  if (thread == 0) *reinterpret_cast<int*>(shared_memory() + p.counted) = n;
+  return n;
 }
 
 // The sum over a call's rows: each block writes its own, and the block of the last launch that ends last adds them up,
@@ -57,7 +60,7 @@ SORTKD_DEVICE void write_row(const Params<T>& p, int slot, int64_t row, T kd, T 
 }
 
 template <typename T>
-SORTKD_DEVICE void reduce(const Params<T>& p, int counted, int slots, int index) {
+SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
   __syncthreads();
   Sums<double, 2> sums{};
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -88,7 +91,7 @@ SORTKD_DEVICE void reduce(const Params<T>& p, int counted, int slots, int index)
   }
   if (thread != 0) return;
   // Where no row counts: 0 / 0, as in F.cross_entropy.
-  const T n = p.mean ? static_cast<T>(counted) : T(1);
+  const T n = p.mean ? static_cast<T>(*reinterpret_cast<const int*>(shared_memory() + p.counted)) : T(1);
   const T kd = static_cast<T>(sums.of[0]) / n, ce = static_cast<T>(sums.of[1]) / n;
   *p.loss = weighted(p.kd_weight, kd) + weighted(p.ce_weight, ce);
   if (p.kd) *p.kd = kd;

@@ -303,7 +303,10 @@ struct Row {
         if (!need) of_student = old_s, of_teacher = old_t, ce_reference = old_plain;
         to_maxima |= need;
       }
-      if constexpr (!kTopK) list.clear();
+      if constexpr (!kTopK) {
+        list.clear();
+        group.sync();
+      }
       sums = {};
       Sums<T, kSums> some{};
       unsigned higher = 0;  // of the values held, those to be listed: a bit each
@@ -414,8 +417,7 @@ struct Row {
                      kMode == Mode::KdCe ? sums.of[kSums - 1] : 0.0f,
                      of_student(student_label),
                      of_teacher(corrected_label(top))};
-      const KdTerms terms = kd_terms(p, r, temperature, weight * p.kd_weight * temperature, weight * p.ce_weight,
-                                     kMode == Mode::KdCe ? p.power : 0);
+      const KdTerms terms = kd_terms(p, r, weight, kMode == Mode::KdCe ? p.power : 0);
       kd = terms.kd, ce = terms.ce;
       on = {terms.on_student, terms.on_teacher, terms.on_ce, terms.at_label, T(0)};
     }
@@ -495,7 +497,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), 1) sort_kd_rows(co
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
   const T count = p.mean ? static_cast<T>(counted_rows(p)) : T(1);
-  if (group.blocks() > 1) cluster_barrier();  // the others' shared memory is there
+  group.open();
   // Of the rows whose list did not fit, a block looks at as many marks as it has threads.
   const bool marked_only = kMayBeRest && p.only_overflow;
   const int chunk = marked_only ? threads : 1, thread = static_cast<int>(threadIdx.x);
@@ -514,8 +516,8 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), 1) sort_kd_rows(co
       loss.run(row, count);
     }
   }
-  if (p.reduced && group.keeps_list()) reduce(p, static_cast<int>(count), rows, group.index());
-  if (group.blocks() > 1) cluster_barrier();  // others may still look into this block's memory
+  if (p.reduced && group.keeps_list()) reduce(p, rows, group.index());
+  group.close();
 }
 
 }  // namespace cuda

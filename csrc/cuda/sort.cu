@@ -30,6 +30,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
   assert((!counts || (label >= 0 && label < p.C)) && "a label is outside [0, C)");
   const T label_value = counts ? widened(from[label]) : T(0);
   list.clear();
+  __syncthreads();
   bool broken = false;
   for (int c = thread; c < p.C; c += threads) {
     const X x = from[c];

@@ -16,11 +16,14 @@ inline uint32_t lane_id() { return linear_thread() % kWarp; }
 // All lanes of the mask, each with a value that the others may then read.
 inline void meet(const char* name, uint32_t mask, uint64_t given, const Site& site) {
   if (!(mask >> lane_id() & 1))
-    fail(described({name, false, mask, site}) + " is called by a lane that is not in its mask " + std::to_string(mask));
-  wait_at({name, false, mask, site}, given);
+    fail(described({name, Awaits::Lanes, mask, site}) + " is called by a lane that is not in its mask " + std::to_string(mask));
+  wait_at({name, Awaits::Lanes, mask, site}, given);
 }
 
-inline uint64_t taken_from(uint32_t lane) { return machine.threads[linear_thread() / kWarp * kWarp + lane].taken; }
+inline uint64_t taken_from(uint32_t lane) {
+  const auto current = static_cast<uint32_t>(machine.current - machine.threads);
+  return machine.threads[current / kWarp * kWarp + lane].taken;
+}
 
 template <typename T>
 T shuffle(const char* name, uint32_t mask, T value, uint32_t source, const Site& site) {
@@ -28,8 +31,8 @@ T shuffle(const char* name, uint32_t mask, T value, uint32_t source, const Site&
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   meet(name, mask, std::bit_cast<Bits>(value), site);
   if (!(mask >> source & 1))
-    fail(described({name, false, mask, site}) + " reads lane " + std::to_string(source) + ", which is not in the mask " +
-         std::to_string(mask));
+    fail(described({name, Awaits::Lanes, mask, site}) + " reads lane " + std::to_string(source) +
+         ", which is not in the mask " + std::to_string(mask));
   return std::bit_cast<T>(static_cast<Bits>(taken_from(source)));
 }
 
@@ -43,8 +46,8 @@ inline uint32_t ballot(const char* name, uint32_t mask, int predicate, const Sit
 
 // The number of threads whose `given` is true.
 inline int whole_block(const char* name, bool given, const Site& site) {
-  wait_at({name, true, 0, site}, given);
-  return machine.counted;
+  wait_at({name, Awaits::Block, 0, site}, given);
+  return static_cast<int>(machine.current->taken);
 }
 
 inline void check_width(int width) {

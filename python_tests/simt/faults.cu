@@ -125,6 +125,43 @@ KERNEL(blocks_that_depend) {
   out[block] = before + in[block];
 }
 
+// Clusters of two blocks of 32 threads: each thread gets what its neighbour block's has, in the bytes from the ninth on.
+
+__device__ unsigned other_block() { return blockIdx.x ^ 1; }
+__device__ uint64_t* barrier() { return reinterpret_cast<uint64_t*>(simt::shared_memory()); }
+__device__ float* received() { return shared() + 2 + threadIdx.x; }
+
+KERNEL(cluster_barrier_not_reached_by_all) {
+  const int i = global_thread();
+  *received() = in[i];
+  if (!kPlanted || blockIdx.x == 0) simt::cluster_barrier();
+  out[i] = *(kPlanted ? received() : simt::in_block(received(), other_block()));
+  if (!kPlanted) simt::cluster_barrier();
+}
+
+KERNEL(block_that_has_ended) {
+  const int i = global_thread();
+  *received() = in[i];
+  simt::cluster_barrier();
+  out[i] = *simt::in_block(received(), other_block());
+  if (!kPlanted) simt::cluster_barrier();
+}
+
+template <bool kInitialised, bool kSent, bool kAwaited>
+__device__ void exchange(const float* in, float* out) {
+  const int i = global_thread();
+  if (threadIdx.x == 0 && kInitialised) simt::mbarrier_init(barrier());
+  simt::cluster_barrier();
+  if (threadIdx.x == 0) simt::mbarrier_arrive_expect(barrier(), 32 * sizeof(float));
+  if (kSent || i != 40) simt::sends.send(received(), in[i], barrier(), other_block());
+  if (kAwaited) simt::mbarrier_wait(barrier(), 0);
+  out[i] = *received();
+}
+
+KERNEL(mbarrier_without_a_start) { exchange<!kPlanted, true, true>(in, out); }
+KERNEL(bytes_that_never_come) { exchange<true, !kPlanted, true>(in, out); }
+KERNEL(bytes_not_waited_for) { exchange<true, true, !kPlanted>(in, out); }
+
 // Memory.
 
 KERNEL(shared_read_past_the_end) {
@@ -248,8 +285,8 @@ KERNEL(copy) { out[global_thread()] = in[global_thread()]; }
 
 void run(const Launch& launch, const float* in, float* out, int n) {
   const Pair& pair = kernels.at(launch.kernel);
-  simt::launch(launch.kernel.c_str(), launch.planted ? pair.planted : pair.right, launch.blocks, launch.threads,
-               launch.shared_bytes, in, out, n);
+  simt::launch_clusters(launch.kernel.c_str(), launch.planted ? pair.planted : pair.right, launch.blocks, launch.cluster,
+                        launch.threads, launch.shared_bytes, in, out, n);
 }
 
 }  // namespace simt_faults

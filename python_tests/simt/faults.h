@@ -9,7 +9,7 @@ namespace simt_faults {
 struct Launch {
   std::string kernel;
   bool planted;
-  unsigned blocks, threads;
+  unsigned blocks, threads, cluster;
   size_t shared_bytes;
 };
 

@@ -12,11 +12,11 @@
 namespace {
 
 std::vector<float> run(const std::string& kernel, bool planted, const std::vector<float>& in, unsigned blocks, unsigned threads,
-                       size_t shared_bytes) {
+                       unsigned cluster, size_t shared_bytes) {
   const simt::GuardedMemory input(in.size() * sizeof(float)), output(in.size() * sizeof(float));
   auto *from = static_cast<float*>(input.data()), *to = static_cast<float*>(output.data());
   std::copy(in.begin(), in.end(), from);
-  simt_faults::run({kernel, planted, blocks, threads, shared_bytes}, from, to, static_cast<int>(in.size()));
+  simt_faults::run({kernel, planted, blocks, threads, cluster, shared_bytes}, from, to, static_cast<int>(in.size()));
   if (!input.intact() || !output.intact()) throw std::runtime_error(kernel + ": a write before the start of a tensor");
   return {to, to + in.size()};
 }
@@ -26,7 +26,8 @@ std::vector<float> run(const std::string& kernel, bool planted, const std::vecto
 PYBIND11_MODULE(simt_faults, module) {
   simt::bind_settings(module);
   module.def("run", &run, pybind11::arg("kernel"), pybind11::arg("planted"), pybind11::arg("input"),
-             pybind11::arg("blocks") = 1, pybind11::arg("threads") = 64, pybind11::arg("shared_bytes") = 256);
+             pybind11::arg("blocks") = 1, pybind11::arg("threads") = 64, pybind11::arg("cluster") = 1,
+             pybind11::arg("shared_bytes") = 256);
   module.def("half_to_float", [](uint16_t bits) { return __half2float({bits}); });
   module.def("float_to_half", [](float x) { return __float2half_rn(x).bits; });
   module.def("bfloat16_to_float", [](uint16_t bits) { return __bfloat162float({bits}); });

@@ -1,4 +1,4 @@
-// The one multiprocessor: the launch that runs, its threads, and the way out of it when something is wrong.
+// The one cluster of blocks, mostly of one, that runs: its threads, and the way out of a launch when something is wrong.
 #pragma once
 
 #include <csignal>
@@ -22,34 +22,40 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Who must come to a call before any goes on: lanes, or all threads; or what must.
+enum class Awaits { Lanes, Block, Cluster, Bytes };
+
 // A call of a collective; lanes are together when all of this is equal.
 struct Call {
   const char* name = nullptr;
-  bool whole_block = false;
-  uint32_t mask = 0;  // of lanes; of no meaning to the whole block
+  Awaits awaits = Awaits::Lanes;
+  uint32_t mask = 0;  // of lanes; of no meaning to the others
   std::source_location site;
 };
 
 struct Thread {
   enum class State { Runnable, Waiting, Exited };
   Fiber fiber;
-  uint3 index{};
+  uint3 index{}, block{};
+  uint32_t rank = 0;  // of the block in its cluster
   State state = State::Exited;
   Call call;           // where it waits
   uint64_t given = 0;  // what it brought there
-  uint64_t taken = 0;  // what the others may read once all have arrived
+  uint64_t taken = 0;  // what the others may read once all have arrived; of a block, how many gave something
 };
+
+constexpr uint32_t kMostThreads = 1024, kMostBlocks = 16;  // of a block, and here of a cluster too; blocks of a cluster
 
 struct Machine {
   std::string kernel;
   void (*body)(const void* parameters) = nullptr;
   const void* parameters = nullptr;
-  Thread threads[1024];       // of the block that runs; their stacks are kept from launch to launch
-  Thread* current = nullptr;  // null while the scheduler runs
+  Thread threads[kMostThreads];  // of the cluster that runs; their stacks are kept from launch to launch
+  Thread* current = nullptr;     // null while the scheduler runs
   Fiber scheduler;
-  SharedMemory shared;
-  int counted = 0;    // threads of the block for which __syncthreads_count is true
-  std::string fault;  // what the current thread did, for the scheduler to throw
+  SharedMemory shared[kMostBlocks];
+  uint32_t blocks = 1;  // of a cluster
+  std::string fault;    // what the current thread did, for the scheduler to throw
   volatile std::sig_atomic_t overdue = 0;
 };
 
@@ -69,7 +75,7 @@ inline std::string described(const uint3& index) {
 }
 
 inline std::string blame(const Thread& thread, const std::string& deed) {
-  return machine.kernel + ": block " + described(blockIdx) + ", thread " + described(thread.index) + ": " + deed;
+  return machine.kernel + ": block " + described(thread.block) + ", thread " + described(thread.index) + ": " + deed;
 }
 
 // Ends the launch because of what the current thread did. Its stack and those of the other threads are left as they
@@ -92,6 +98,7 @@ inline void wait_at(const Call& call, uint64_t given) {
   machine.scheduler.resume(thread.fiber);
 }
 
-inline char* shared_memory() { return machine.shared.base(); }
+inline SharedMemory& own_shared() { return machine.shared[machine.current->rank]; }
+inline char* shared_memory() { return own_shared().base(); }
 
 }  // namespace simt

@@ -74,10 +74,12 @@ class Signals {
 
   static std::string outside(const void* address) {
     if (machine.current->fiber.overflowed_at(address)) return "stack overflow";
-    if (!machine.shared.guards(address)) return "access outside of global memory";
-    const auto offset = static_cast<const char*>(address) - machine.shared.base();
-    return "access outside of shared memory, at byte " + std::to_string(offset) + " of " +
-           std::to_string(machine.shared.bytes());
+    for (const SharedMemory& shared : machine.shared) {
+      if (!shared.guards(address)) continue;
+      const auto offset = static_cast<const char*>(address) - shared.base();
+      return "access outside of shared memory, at byte " + std::to_string(offset) + " of " + std::to_string(shared.bytes());
+    }
+    return "access outside of global memory";
   }
 
   struct sigaction before_[kCount];
