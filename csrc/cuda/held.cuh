@@ -410,11 +410,11 @@ struct HeldRows {
         return gradient(power_of_two(fmaf(a, scale, whole.offset_s)), power_of_two(fmaf(b, scale, whole.offset_t)));
       };
       if (whole.fix) {
-        // While the logits are there still: the gradient may lie in their place.
+        // While the logits are there still.
         if (group.keeps_list())
           list.replace_values(whole.listed,
                               [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
-        group.sync();
+        if (p.inplace) group.sync();
       }
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;

@@ -186,6 +186,7 @@ struct Plan {
     p.int64_indices = args.int64_indices;
     p.k = static_cast<int>(args.k);
     p.grad = args.grad_student;
+    p.inplace = args.grad_student == args.student;
     const bool apart = vectors && past_vector(args.grad_student) != past_vector(args.student);
     p.scalar_grads = apart && args.grad_student ? p.C : 0;
     p.aligned = aligned;

@@ -22,6 +22,7 @@ struct Params {
   bool int64_indices;
   int k;
   void* grad;
+  bool inplace;      // over the student's logits
   int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
   bool aligned;      // whether each row begins and ends at such a multiple
   unsigned shift;    // classes from one to the first row
