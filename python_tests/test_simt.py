@@ -41,6 +41,8 @@ CAUGHT = {
     "global_write_before_the_start": ("a write before the start of a tensor", INPUT),
     "misaligned_load": (r"misaligned access to .*float4.*, 4 bytes past a multiple of 16 \(intrinsics\.h:\d+\)", INPUT),
     "misaligned_store": (r"misaligned access to .*float4.*, 8 bytes past a multiple of 16 \(faults\.cu:\d+\)", INPUT),
+    "misaligned_copy": ("an asynchronous copy between addresses that are no multiples of 16", INPUT),
+    "copy_under_way_at_the_end": ("ends with asynchronous copies under way", INPUT),
     "local_array_overrun": (r"index 4 outside of .*float \[4\].* \(faults\.cu:\d+\)", INPUT),
     "stack_overflow": ("stack overflow", INPUT),
     "shift_by_too_much": (r"thread \((31|63), 0, 0\): shift by 32", [2.0 ** (i % 32) for i in range(N)]),
@@ -67,6 +69,7 @@ SHOWN = {
     "missing_warp_barrier": NEIGHBOURS,
     "blocks_that_depend": [sum(INPUT[: i + 1]) for i in range(N)],
     "uninitialised_shared": INPUT[::-1],
+    "copy_not_waited_for": INPUT,
 }
 
 

@@ -104,11 +104,11 @@ SORTKD_DEVICE V compiler_barrier(V value) {
 // 16 bytes on their way from device to shared memory. What has been started is there after copies_wait(), for the thread
 // that has started it.
 SORTKD_DEVICE void copy_async(void* to, const void* from) {
-#if defined(__CUDA_ARCH__)
+#if defined(SORTKD_SIMT)
+  simt::copy_async(to, from);
+#elif defined(__CUDA_ARCH__)
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-#else
-  memcpy(to, from, 16);
 #endif
 }
 // As a branch would; without one.
@@ -123,7 +123,9 @@ SORTKD_DEVICE void store_if(bool condition, uint4* to, const uint4& value) {
 #endif
 }
 SORTKD_DEVICE void copies_wait() {
-#if defined(__CUDA_ARCH__)
+#if defined(SORTKD_SIMT)
+  simt::copies_wait();
+#elif defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

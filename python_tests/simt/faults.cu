@@ -125,6 +125,29 @@ KERNEL(blocks_that_depend) {
   out[block] = before + in[block];
 }
 
+KERNEL(copy_not_waited_for) {
+  const int i = global_thread();
+  if (i % 4 == 0) simt::copy_async(shared() + i, in + i);
+  if (!kPlanted) simt::copies_wait();
+  __syncthreads();
+  out[i] = shared()[i];
+  simt::copies_wait();
+}
+
+KERNEL(copy_under_way_at_the_end) {
+  const int i = global_thread();
+  out[i] = in[i];
+  if (i % 4 == 0) simt::machine.current->copies.push_back({shared() + i, in + i});
+  if (!kPlanted) simt::copies_wait();
+}
+
+KERNEL(misaligned_copy) {
+  const int i = global_thread();
+  out[i] = in[i];
+  simt::copy_async(shared() + i / 8 * 4, in + i / 8 * 4 + kPlanted);
+  simt::copies_wait();
+}
+
 // Clusters of two blocks of 32 threads: each thread gets what its neighbour block's has, in the bytes from the ninth on.
 
 __device__ unsigned other_block() { return blockIdx.x ^ 1; }

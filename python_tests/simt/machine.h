@@ -2,10 +2,12 @@
 #pragma once
 
 #include <csignal>
+#include <cstring>
 #include <source_location>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "fiber.h"
 #include "settings.h"
@@ -33,13 +35,20 @@ struct Call {
   std::source_location site;
 };
 
+// Sixteen bytes on their way to shared memory.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Thread {
   enum class State { Runnable, Waiting, Exited };
   Fiber fiber;
   uint3 index{}, block{};
   uint32_t rank = 0;  // of the block in its cluster
   State state = State::Exited;
-  Call call;           // where it waits
+  Call call;  // where it waits
+  std::vector<Copy> copies;
   uint64_t given = 0;  // what it brought there
   uint64_t taken = 0;  // what the others may read once all have arrived; of a block, how many gave something
 };
@@ -96,6 +105,19 @@ inline void wait_at(const Call& call, uint64_t given) {
   thread.given = given;
   thread.state = Thread::State::Waiting;
   machine.scheduler.resume(thread.fiber);
+}
+
+// A copy that has been started is there at once in the forward order, else as late as may be: when it is waited for.
+inline void copies_wait() {
+  for (const Copy& copy : std::exchange(machine.current->copies, {})) std::memcpy(copy.to, copy.from, 16);
+}
+inline void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16)
+    fail(
+        "an asynchronous copy between addresses "
+        "that are no multiples of 16");
+  machine.current->copies.push_back({to, from});
+  if (settings.order == Order::Forward) copies_wait();
 }
 
 inline SharedMemory& own_shared() { return machine.shared[machine.current->rank]; }

@@ -21,6 +21,7 @@ class Scheduler {
       thread.block = {first.x + thread.rank, first.y, first.z};
       thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
       thread.state = Thread::State::Runnable;
+      thread.copies.clear();
       thread.fiber.start(&run_thread, i);
     }
     unfinished_ = threads_;
@@ -45,6 +46,7 @@ class Scheduler {
  private:
   static void run_thread() {
     machine.body(machine.parameters);
+    if (!machine.current->copies.empty()) fail("ends with asynchronous copies under way");
     machine.current->state = Thread::State::Exited;
     machine.scheduler.resume(machine.current->fiber);
   }
