@@ -68,6 +68,16 @@ def make(dtype=F32, reduction="mean", backend=None, **options):
     return student, fused_sort_kd(student, rows.teacher, rows.target, reduction=reduction, backend=backend, **options)
 
 
+@pytest.mark.parametrize("backend", [b for b in cases.BACKENDS if b != "reference"])
+def test_no_gradient_of_the_parts_is_made(backend):
+    """They have none, and zeros in its place would be written by the device."""
+    _, out = make(backend=backend, return_parts=True)
+    one = torch.ones_like(out.loss)
+    with torch.profiler.profile() as profile:
+        out.loss.backward(one)
+    assert "aten::zeros" not in {e.key for e in profile.key_averages()}
+
+
 def expected_gradient(dtype, grad_output, **options):
     """In float64, through the reference, of the same rounded logits; then rounded to ``dtype``."""
     rows = cases.make_rows(12, 9, (dtype, dtype))

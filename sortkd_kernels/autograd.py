@@ -49,6 +49,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, student: Tensor, temperature: Tensor | None, kernels: Kernels, others: tuple[Tensor | None, ...],
         config: Any, inplace: bool,
     ) -> Parts:  # fmt: skip
+        ctx.set_materialize_grads(False)  # of kd, ce and rank: zeros that a device would be asked to write
         asked_student, asked_temperature = ctx.needs_input_grad[:2]
         ctx.kernels, ctx.config, ctx.inplace = kernels, config, inplace and asked_student
         ctx.in_backward = student.dtype == torch.float16 and asked_student
@@ -62,8 +63,10 @@ class _Loss(torch.autograd.Function):
         return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
+        if grad_output is None:
+            return (None,) * 6
         grad_student, rows, temperature, *inputs = saved(ctx)
         if not ctx.needs_input_grad[0]:
             grad_student = None
@@ -105,7 +108,7 @@ def forward(
         if inplace:
             # An op before this one may have saved these logits: it must see that they are gone.
             torch.autograd.graph.increment_version(tensors[0])
-        tensors[0] = tensors[0].detach()
+            tensors[0] = tensors[0].detach()
         results = kernels.forward(*tensors, options, grad_output, grad_student, grad_temperature, inplace)
     if row_scale is None:
         return results
