@@ -187,6 +187,30 @@ struct Group {
     return all;
   }
 
+  // Of entries that the row's threads have `count` of each, in the order of the threads: the place of this one's first,
+  // and how many there are of all.
+  struct Places {
+    int first, all;
+  };
+  SORTKD_DEVICE Places places_of(int count) {
+    const int lanes = kind == Kind::Lanes ? size : static_cast<int>(kWarp), lane = member & (lanes - 1);
+    int last = count;
+#pragma unroll 1
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      const int lower = __shfl_up_sync(kFullMask, last, distance, lanes);
+      if (lane >= distance) last += lower;
+    }
+    const int own = __shfl_sync(kFullMask, last, lanes - 1, lanes);
+    if constexpr (kind == Kind::Lanes) return {last - count, own};
+    const Sums<int, 1>* const warps = exchanged(Sums<int, 1>{own});
+    Sums<int, 2> sums{};  // of the warps before this one, of all
+#pragma unroll 1
+    for (int w = lane; w < row_warps(); w += 32)
+      sums.merge({w < member / static_cast<int>(kWarp) ? warps[w].of[0] : 0, warps[w].of[0]});
+    sums = warp_merged(sums);
+    return {sums.of[0] + last - count, sums.of[1]};
+  }
+
   // The values of the row's threads merged in a fixed order, in every thread.
   template <typename V>
   SORTKD_DEVICE V merged(V value) {

@@ -171,7 +171,6 @@ struct HeldRows {
     Coming coming{};
     if (kKind == Kind::Block && row < rows) coming.after = p.target[row];
     fetch(row, coming);
-    list.clear();
     if (p.mean) {
       const int count = counted_rows(p);
       weight = count > 0 ? reciprocal(static_cast<float>(count)) : 0.0f;
@@ -299,19 +298,19 @@ struct HeldRows {
     const V& access = pass.access;
     const bool has_list = whole.fix && group.keeps_list();
     if (whole.fix) {
+      const auto places = group.places_of(__popc(pass.higher));
+      whole.listed = places.all;
+      if (kKind == Kind::Block && whole.listed > p.list.room) {
+        if (group.member == 0) p.overflow[row] = 1;
+        return false;
+      }
+      int at = places.first;
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
-        list.append(access.teacher(c), c);
+        list.put(at++, access.teacher(c), c);
       }
       group.sync();
-      whole.listed = list.counted();
-      if (kKind == Kind::Block && whole.listed > p.list.room) {
-        if (group.member == 0) p.overflow[row] = 1;
-        group.sync();
-        list.clear();
-        return false;
-      }
       if (group.keeps_list()) list.put_in_order(whole.listed);
     }
 
@@ -344,7 +343,6 @@ struct HeldRows {
         add_cross(part.sums, u, v, e_t);
       }
       part = group.merged(part);
-      if (step == kList) list.clear();  // all have read the count, and the next to append are behind another barrier
       if (step == kMaxima) {
         if (!whole.slow) continue;
         if (whole.listed > 0) part.teacher = fmaxf(part.teacher, second);

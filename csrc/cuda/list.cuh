@@ -167,11 +167,13 @@ struct List {
   SORTKD_DEVICE void clear() const {
     if (group.keeps_list() && group.list_member() == 0) *count() = 0;
   }
+  SORTKD_DEVICE void put(int at, T value, int c) const {
+    (group.blocks() > 1 ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
+  }
   // Beyond its room the list only counts.
   SORTKD_DEVICE void append(T value, int c) const {
-    const bool remote = group.blocks() > 1;
-    const int at = atomicAdd(remote ? in_block(count(), 0) : count(), 1);
-    if (at < places.room) (remote ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
+    const int at = atomicAdd(group.blocks() > 1 ? in_block(count(), 0) : count(), 1);
+    if (at < places.room) put(at, value, c);
   }
   // The value that the correction gives to an entry: of those above the label, each takes the next one's.
   SORTKD_DEVICE T corrected(int at, Correction correction, int above, T label) const {
