@@ -125,8 +125,8 @@ PYBIND11_MODULE(SORTKD_MODULE, module) {
   module.def("loss_forward", &sortkd::loss_forward);
 #if defined(SORTKD_SIMT)
   // Tests reach every code path with small rows.
-  module.def("set_choices", [](int lanes, int threads, int cluster, int from_memory, int list_room, int blocks) {
-    sortkd::cuda::overrides = {lanes, threads, cluster, from_memory, list_room, blocks};
+  module.def("set_choices", [](int lanes, int threads, int cluster, int from_memory, int list_room, int long_room, int blocks) {
+    sortkd::cuda::overrides = {lanes, threads, cluster, from_memory, list_room, long_room, blocks};
   });
 #else
   module.def("build_info", [] {

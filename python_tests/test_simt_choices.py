@@ -38,6 +38,7 @@ CHOICES = {
     "a block a row, ranks over 2 in a launch of their own": {"lanes": 64, "list_room": 2, "blocks": 2},
     "read twice": {"from_memory": 1, "threads": 64},
     "read twice, ranks over 4 in a launch of their own": {"from_memory": 1, "threads": 64, "list_room": 4, "blocks": 1},
+    "ranks over 2 in a launch of their own, over 9 in device memory": {"lanes": 64, "list_room": 2, "long_room": 9},
 }
 ORDERS = ("forward", "backward", "shuffled")
 SHAPES = (
@@ -55,7 +56,7 @@ VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "swap", "row-T", "d
 def choice(request, simt, monkeypatch):
     from simt import backend
 
-    overrides = dict.fromkeys(("lanes", "threads", "cluster", "from_memory", "list_room", "blocks"), 0)
+    overrides = dict.fromkeys(("lanes", "threads", "cluster", "from_memory", "list_room", "long_room", "blocks"), 0)
     chosen = dict(CHOICES[request.param])
     monkeypatch.setattr(simt.settings, "multiprocessors", chosen.pop("multiprocessors", 2))
     extension, _ = backend.modules()

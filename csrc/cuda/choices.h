@@ -16,6 +16,7 @@ struct Overrides {
   int cluster = 0;      // blocks a row
   int from_memory = 0;  // 1: no row is held in registers
   int list_room = 0;    // entries of a block's list
+  int long_room = 0;    // entries that shared memory holds of a long list
   int blocks = 0;       // of a launch
 };
 inline Overrides overrides;
@@ -43,8 +44,9 @@ constexpr int kSmallBlock = 128;
 // than 190 KiB of shared memory.
 constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster = 16;
 
-// Threads of a block of the general kernels at most: they need up to 255 registers.
-constexpr int kGeneralBlock = 256;
+// Threads of a block of the general kernels at most: they need up to 255 registers where they hold a row, up to 168 where
+// they read it again.
+constexpr int kGeneralBlock = 256, kMixedBlock = 384;
 
 // Classes of a row of Kind::Columns: up to 8 warps a block, and 64 KiB for the lists of 32 rows.
 constexpr int kMostColumnClasses = 256;
@@ -53,7 +55,7 @@ constexpr int kMostColumnClasses = 256;
 // rows far below; the others go to a launch of their own.
 constexpr int kListRoom = 2048;
 
-// Device memory for the lists of that launch.
+// Device memory for those lists of that launch that a block's shared memory does not hold: of 14,000 entries with 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
 
 // Shared memory that every launch may have.
@@ -76,6 +78,12 @@ struct Device {
   int processors, cache_bytes, shared_bytes;  // shared: of a block
   int cluster;                                // blocks that a cluster may have; 1: there are none
 };
+
+// Of the launch for long lists: the entries of each of a block's two lists in what is left of its shared memory.
+inline int choose_long_room(int64_t most, int used_bytes, size_t entry_bytes, const Device& device) {
+  if (overrides.long_room) return overrides.long_room;
+  return static_cast<int>(std::min<int64_t>(most, (device.shared_bytes - used_bytes) / static_cast<int64_t>(2 * entry_bytes)));
+}
 
 struct Shape {
   Kind kind;
@@ -129,7 +137,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
 inline Shape choose_mixed(int64_t C) {
-  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kGeneralBlock), 1, 1};
+  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kMixedBlock), 1, 1};
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }

@@ -301,7 +301,7 @@ struct HeldRows {
       const auto places = group.places_of(__popc(pass.higher));
       whole.listed = places.all;
       if (kKind == Kind::Block && whole.listed > p.list.room) {
-        if (group.member == 0) p.overflow[row] = 1;
+        if (group.member == 0) p.overflow[row] = whole.listed;
         return false;
       }
       int at = places.first;

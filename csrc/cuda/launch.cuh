@@ -25,29 +25,27 @@ struct ClusterLaunch {
   ClusterLaunch(const ClusterLaunch&) = delete;
 };
 
+#endif
+
 template <typename T>
 cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   if (launch.shared_bytes > kGrantedShared) {
     const cudaError_t error = grant_most(reinterpret_cast<const void*>(kernel), device());
     if (error != cudaSuccess) return error;
   }
-  if (launch.cluster == 1) {
-    kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
-    return cudaGetLastError();
+#if defined(__CUDACC__)
+  if (launch.cluster > 1) {
+    const ClusterLaunch clusters(launch, stream);
+    return cudaLaunchKernelEx(&clusters.config, kernel, p);
   }
-  const ClusterLaunch clusters(launch, stream);
-  return cudaLaunchKernelEx(&clusters.config, kernel, p);
-}
+  kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
 #else
-template <typename T>
-cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t) {
-  if (launch.shared_bytes > kGrantedShared)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  (void)stream;
   simt::launch_clusters("sort_kd_rows", kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,
                         p);
-  return cudaSuccess;
-}
 #endif
+  return cudaGetLastError();
+}
 
 }  // namespace cuda
 }  // namespace sortkd

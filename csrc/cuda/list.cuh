@@ -1,5 +1,5 @@
 // The list of a row: the classes above its label, and of a top-k teacher the k. In shared memory; in device memory
-// where they are more than it holds.
+// where they are more than it holds, which only launches of their own see.
 #pragma once
 
 #include "group.cuh"
@@ -71,20 +71,33 @@ constexpr int kDigits = 256;
 constexpr int histogram_bytes(int threads) { return (threads / 32 + 1) * kDigits * static_cast<int>(sizeof(int)); }
 
 // A radix sort from the last digit, by a block: each warp keeps the order within a stretch of its own. Digits that all
-// entries share, as most are of halves and of few classes, move nothing. Returns where the entries are in order.
+// entries share, as most are of halves and of few classes, move nothing. Four entries of a thread are under way at a
+// time. Returns where the entries are in order.
 SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to, int n, int* histogram) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), warps = threads / 32;
   const int warp = thread / 32, lane = thread % 32;
   const int stretch = (n + threads - 1) / threads * 32, begin = min(n, warp * stretch), end = min(n, begin + stretch);
   int* const mine = histogram + (warp + 1) * kDigits;
+  // f(entry, whether there is one), by all lanes of the warp.
+  const auto each = [&](auto&& f) {
+#pragma unroll 1
+    for (int first = begin + lane; first - lane < end; first += 4 * 32) {
+      Entry<float> some[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) some[k] = first + 32 * k < end ? from[first + 32 * k] : Entry<float>{};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) f(some[k], first + 32 * k < end);
+    }
+  };
 #pragma unroll 1
   for (int shift = 0; shift < 64; shift += 8) {
     const auto digit_of = [&](const Entry<float>& e) { return static_cast<int>(e.word >> shift & (kDigits - 1)); };
 #pragma unroll 1
     for (int i = thread; i < (warps + 1) * kDigits; i += threads) histogram[i] = 0;
     __syncthreads();
-#pragma unroll 1
-    for (int i = begin + lane; i < end; i += 32) atomicAdd(mine + digit_of(from[i]), 1);
+    each([&](const Entry<float>& e, bool held) {
+      if (held) atomicAdd(mine + digit_of(e), 1);
+    });
     __syncthreads();
     bool shared = false;
 #pragma unroll 1
@@ -116,10 +129,7 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
       }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = begin; i < end; i += 32) {
-      const bool held = i + lane < end;
-      const Entry<float> e = held ? from[i + lane] : Entry<float>{};
+    each([&](const Entry<float>& e, bool held) {
       const int digit = held ? digit_of(e) : kDigits;
       const unsigned peers = __match_any_sync(kFullMask, digit);
       const int before = __popc(peers & ((1u << lane) - 1));
@@ -127,7 +137,7 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
       __syncwarp();
       if (held && before == 0) mine[digit] += __popc(peers);
       __syncwarp();
-    }
+    });
     __syncthreads();
     Entry<float>* const ordered = to;
     to = from;
@@ -141,26 +151,30 @@ struct ListPlaces {
   int counts, entries, histogram, notes,
       present;      // bytes from the start of shared memory; of a top-k teacher `present`
   int room;         // entries of a list
-  char* in_device;  // for each block two lists, in place of those in shared memory; or null
+  char* in_device;  // for each block two lists of so many entries, in a launch for long lists; else null
+  int long_room;    // entries of two lists in shared memory, in such a launch
 };
 
 template <typename T, Kind kind, bool kMayBeInDevice>
 struct List {
   const ListPlaces& places;
   const Group<kind>& group;
-  Entry<T>* in_device;
+  Entry<T>*at, *spare;  // in a launch for long lists
 
-  SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group) : places(places), group(group), in_device(nullptr) {
-    if (kMayBeInDevice && places.in_device) in_device = halves();
+  // `expected`: the entries of a list of such a launch.
+  SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group, int expected = 0)
+      : places(places), group(group), at(nullptr), spare(nullptr) {
+    if constexpr (kMayBeInDevice) {
+      if (!places.in_device) return;
+      const bool fits = expected <= places.long_room;
+      at = fits ? in_shared()
+                : reinterpret_cast<Entry<T>*>(places.in_device) + 2 * static_cast<int64_t>(blockIdx.x) * places.room;
+      spare = at + (fits ? places.long_room : places.room);
+    }
   }
-  SORTKD_DEVICE Entry<T>* halves() const {
-    return reinterpret_cast<Entry<T>*>(places.in_device) + 2 * static_cast<int64_t>(blockIdx.x) * places.room;
-  }
+  SORTKD_DEVICE Entry<T>* in_shared() const { return reinterpret_cast<Entry<T>*>(shared_memory() + places.entries); }
   SORTKD_DEVICE int* count() const { return reinterpret_cast<int*>(shared_memory() + places.counts) + group.slot; }
-  SORTKD_DEVICE Entry<T>* entries() const {
-    if (kMayBeInDevice && in_device) return in_device;
-    return reinterpret_cast<Entry<T>*>(shared_memory() + places.entries) + group.slot * places.room;
-  }
+  SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && at ? at : in_shared() + group.slot * places.room; }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
   // A barrier before any thread appends.
@@ -198,9 +212,10 @@ struct List {
   // By all threads that keep the list.
   SORTKD_DEVICE void put_in_order(int n) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {
-      if (in_device) {
-        Entry<T>* const spare = in_device == halves() ? halves() + places.room : halves();
-        in_device = sort_by_digits(in_device, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram));
+      if (at) {
+        if (sort_by_digits(at, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram)) == at) return;
+        Entry<T>* const unordered = at;
+        at = spare, spare = unordered;
         return;
       }
     }

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <mutex>
 #include <set>
-#include <utility>
+#include <tuple>
 
 #include "loss.h"
 
@@ -43,22 +43,20 @@ const Device& device() {
   return d;
 }
 
-#if defined(__CUDACC__)
 cudaError_t grant_most(const void* kernel, const Device& device) {
   // Once a kernel and device.
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> granted;
+  static std::set<std::tuple<const void*, int, int>> granted;
   int current = 0;
   cudaGetDevice(&current);
   const std::lock_guard lock(mutex);
-  if (granted.contains({kernel, current})) return cudaSuccess;
+  if (granted.contains({kernel, current, device.shared_bytes})) return cudaSuccess;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
   if (error == cudaSuccess && device.cluster == kMostCluster)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) granted.emplace(kernel, current);
+  if (error == cudaSuccess) granted.emplace(kernel, current, device.shared_bytes);
   return error;
 }
-#endif
 
 namespace {
 
@@ -103,7 +101,7 @@ struct Plan {
   unsigned* counts;
   unsigned long long* ticket;
   double* partials;
-  uint8_t* overflow;
+  int32_t* overflow;
   char *entries, *rest_entries;
   size_t bytes;
 
@@ -158,7 +156,7 @@ struct Plan {
     counts = pieces.take<unsigned>(counters);
     ticket = pieces.take<unsigned long long>(1);
     partials = pieces.take<double>(2 * (blocks / shape.cluster + rest_blocks));
-    overflow = pieces.take<uint8_t>(overflows ? rows : 0);
+    overflow = pieces.take<int32_t>(overflows ? rows : 0);
     entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
     rest_entries = pieces.take<char>(rest_blocks * list_bytes);
     if (!in_device) entries = nullptr;
@@ -253,6 +251,10 @@ Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in
   p.counted = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
+  if (in_device) {
+    p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
+    p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
+  }
   return {blocks, shape.threads, shape.cluster, bytes};
 }
 

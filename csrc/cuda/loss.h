@@ -48,8 +48,8 @@ struct Params {
   int64_t tiles;
   ListPlaces list;
   int totals, counted, merging, stage;  // as the lists' places
-  // Rows with more entries than there is room for, marked for a launch of their own, or the rows of that launch.
-  uint8_t* overflow;
+  // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
+  int32_t* overflow;
   bool only_overflow;
 
   // Results: [rows], or [1] where the rows are reduced.

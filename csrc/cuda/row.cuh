@@ -70,8 +70,9 @@ struct Row {
   Exponent<T, kMode> of_student, of_teacher;
   T ce_reference;
 
-  SORTKD_DEVICE Row(const Params<T>& p, Group<kKind>& group, int64_t row, bool here)
-      : p(p), group(group), list(p.list, group), access(p, here ? row : 0), here(here) {}
+  // `expected`: entries of its list, in a launch for long lists.
+  SORTKD_DEVICE Row(const Params<T>& p, Group<kKind>& group, int64_t row, bool here, int expected)
+      : p(p), group(group), list(p.list, group, expected), access(p, here ? row : 0), here(here) {}
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
@@ -350,7 +351,7 @@ struct Row {
         group.sync();
         listed = above = list.counted();
         if (kKind == Kind::Block && listed > p.list.room) {
-          if (group.member == 0) p.overflow[row] = 1;
+          if (group.member == 0) p.overflow[row] = listed;
           group.sync();
           return;
         }
@@ -483,12 +484,15 @@ struct Row {
 
 // ---- The kernel
 
-constexpr int most_threads(Kind kind, Mode mode) {
-  return kind == Kind::Lanes ? kSmallBlock : kind == Kind::Columns || mode == Mode::General ? kGeneralBlock : kMostRowBlock;
+constexpr int most_threads(Kind kind, int held, Mode mode) {
+  if (kind == Kind::Lanes) return kSmallBlock;
+  if (kind == Kind::Columns) return kGeneralBlock;
+  return mode != Mode::General ? kMostRowBlock : held > 0 ? kGeneralBlock : kMixedBlock;
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
-__global__ void __launch_bounds__(most_threads(kKind, kMode), 1) sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
+__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), 1)
+    sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
   Group<kKind> group(p.log_lanes, p.cluster);
@@ -512,7 +516,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), 1) sort_kd_rows(co
       if (marked_only && !__syncthreads_or(marked && thread == i)) continue;
       const int64_t row = (first + step * i) * rows + group.slot;
       if (kKind == Kind::Block && p.overflow && !marked_only && group.member == 0) p.overflow[row] = 0;
-      Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows);
+      Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows, kTopK ? p.k + 1 : marked_only ? p.overflow[row] : 0);
       loss.run(row, count);
     }
   }

@@ -13,8 +13,8 @@ struct SortParams {
   Correction correction;
   const int64_t* target;
   int64_t ignore_index;
-  ListPlaces list;  // in device memory for the rows that are marked; else those that need it are
-  uint8_t* overflow;
+  ListPlaces list;
+  int32_t* overflow;  // the entries of a row that has no room for them, else 0
 };
 
 // A block a row. The class's values first as they are, then those of the list over them.
@@ -23,7 +23,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
   using T = Acc<X>;
   const X* const from = in + row * p.C;
   X* const to = out + row * p.C;
-  List<T, Kind::Block, true> list(p.list, group);
+  List<T, Kind::Block, true> list(p.list, group, p.list.in_device ? p.overflow[row] : 0);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t label = p.target[row];
   const bool counts = label != p.ignore_index;
@@ -42,11 +42,11 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
   // One NaN spoils the row, as it spoils the row's loss.
   broken = __syncthreads_or(broken && counts);
   const int n = *list.count();
+  if (!p.list.in_device && p.overflow && thread == 0) p.overflow[row] = n > p.list.room ? n : 0;
   if (broken) {
     for (int c = thread; c < p.C; c += threads) to[c] = narrowed<X>(std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  if (!p.list.in_device && p.overflow && thread == 0) p.overflow[row] = n > p.list.room;
   if (n == 0 || n > p.list.room) return;
   list.put_in_order(n);
   __syncthreads();
@@ -98,7 +98,7 @@ template <typename X>
 struct SortPlan {
   int room, blocks, overflow_blocks;
   int64_t list_bytes;
-  uint8_t* overflow = nullptr;
+  int32_t* overflow = nullptr;
   char* entries = nullptr;
   size_t bytes = 0;
   SortPlan(const SortArgs& args, void* scratch) {
@@ -110,8 +110,8 @@ struct SortPlan {
     overflow_blocks = 0;
     if (most <= room || args.correction == Correction::None) return;
     overflow_blocks = static_cast<int>(std::clamp<int64_t>(kListBytes / list_bytes, 1, blocks));
-    overflow = static_cast<uint8_t*>(scratch);
-    bytes = (args.rows + 255) / 256 * 256;
+    overflow = static_cast<int32_t*>(scratch);
+    bytes = (args.rows * sizeof(int32_t) + 255) / 256 * 256;
     entries = static_cast<char*>(scratch) + bytes;
     bytes += overflow_blocks * list_bytes;
   }
@@ -124,7 +124,7 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   const int threads =
       overrides.threads ? overrides.threads : std::clamp(power_of_two_over(ceil_div(args.C, 8)), 64, kSortThreads);
   SortParams p{args.rows,    static_cast<int>(args.C), args.correction,
-               args.target,  args.ignore_index,        {0, 16, 16, 0, 0, plan.room, nullptr},
+               args.target,  args.ignore_index,        {0, 16, 16, 0, 0, plan.room, nullptr, 0},
                plan.overflow};
   const auto launch = [&](int blocks, size_t shared_bytes) {
     SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p, static_cast<const X*>(args.teacher),
@@ -134,7 +134,14 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   if (plan.overflow_blocks) {
     p.list.in_device = plan.entries;
     p.list.room = static_cast<int>(args.C - 1);
-    launch(plan.overflow_blocks, 16 + histogram_bytes(threads));
+    p.list.entries = 16 + histogram_bytes(threads);
+    p.list.long_room = choose_long_room(p.list.room, p.list.entries, sizeof(Entry<Acc<X>>), device());
+    const size_t shared_bytes = p.list.entries + 2 * p.list.long_room * sizeof(Entry<Acc<X>>);
+    if (shared_bytes > kGrantedShared) {
+      const cudaError_t error = grant_most(reinterpret_cast<const void*>(sort_kd_logits<X>), device());
+      if (error != cudaSuccess) return error;
+    }
+    launch(plan.overflow_blocks, shared_bytes);
   }
   return cudaGetLastError();
 }
