@@ -46,24 +46,21 @@ struct Entry<double> {
 template <typename T, typename G>
 SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
   const int member = group.list_member(), size = group.list_size();
-  const auto exchange = [&](int low, int high) {
-    if (high >= n) return;
-    const Entry<T> a = entries[low], b = entries[high];
-    if (b.before(a)) entries[low] = b, entries[high] = a;
+  // All pairs of an entry, in the lower half of a stretch of 2 * distance, and the other entry at its place ^ mask.
+  const auto exchange = [&](int distance, int mask) {
+#pragma unroll 1
+    for (int pair = member, low; (low = 2 * pair - (pair & (distance - 1))) < n; pair += size) {
+      const int high = low ^ mask;
+      if (high >= n) continue;
+      const Entry<T> a = entries[low], b = entries[high];
+      if (b.before(a)) entries[low] = b, entries[high] = a;
+    }
+    group.list_sync();
   };
 #pragma unroll 1
   for (int run = 1; group.any(run < n); run *= 2) {
 #pragma unroll 1
-    for (int i = member; i < n; i += size)
-      if (!(i & run)) exchange(i, i ^ (2 * run - 1));
-    group.list_sync();
-#pragma unroll 1
-    for (int distance = run / 2; distance >= 1; distance /= 2) {
-#pragma unroll 1
-      for (int i = member; i < n; i += size)
-        if (!(i & distance)) exchange(i, i + distance);
-      group.list_sync();
-    }
+    for (int distance = run, mask = 2 * run - 1; distance >= 1; distance /= 2, mask = distance) exchange(distance, mask);
   }
 }
 
