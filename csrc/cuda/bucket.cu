@@ -214,10 +214,7 @@ cudaError_t launch_bucket(const LossArgs& args, void* scratch, cudaStream_t stre
   BucketParams<T> p{args, static_cast<T*>(scratch), partial_bytes(Kind::Block, threads, 1)};
   const int words = ceil_div(args.layout.C, 32);
   const int bytes = p.present + (words + words % 2) * 4 + static_cast<int>(sizeof(BucketNotes<T>));
-  if (bytes > kGrantedShared) {
-    const cudaError_t error = cudaFuncSetAttribute(sort_kd_bucket<X, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = grant(sort_kd_bucket<X, T>, bytes); error != cudaSuccess) return error;
   SORTKD_LAUNCH((sort_kd_bucket<X, T>), blocks_of(args), threads, bytes, stream, p);
   return cudaGetLastError();
 }

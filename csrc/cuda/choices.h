@@ -38,10 +38,10 @@ constexpr int kSmallBlock = 128;
 
 // Threads of a block that holds a row; beyond that a cluster of such blocks does. With 128 registers two such blocks
 // are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
-// twice as many, one a processor. Eight blocks a cluster are what every device with clusters runs, sixteen what those
-// do that say so. Longer rows are read twice, at four exponentials a class: of more than 262144 or 131072 classes, on
-// devices without clusters of more than 16384; rows of floats of more than half as many, too, where a block has less
-// than 190 KiB of shared memory.
+// twice as many, one a processor. Eight blocks a cluster are what every device with clusters may run, sixteen what
+// some do; either where the device says so. Longer rows are read twice, at four exponentials a class: of more than 262144 or
+// 131072 classes, on devices without clusters of more than 16384; rows of floats of more than half as many, too, where a block
+// has less than 190 KiB of shared memory.
 constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster = 16;
 
 // Threads of a block of the general kernels at most: they need up to 255 registers where they hold a row, up to 168 where
@@ -59,7 +59,7 @@ constexpr int kListRoom = 2048;
 constexpr int64_t kListBytes = 64 << 20;
 
 // Shared memory that every launch may have.
-constexpr int kGrantedShared = 48 << 10;
+constexpr size_t kGrantedShared = 48 << 10;
 
 // Rows whose labels each block counts itself: 32 KiB that the level 2 cache has. More are counted once, by a launch.
 constexpr int64_t kCountedByBlocks = 4096;

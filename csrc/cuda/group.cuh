@@ -75,10 +75,10 @@ SORTKD_DEVICE Sums<float, n> warp_gathered(float scattered) {
 // What block_merged takes of shared memory: a value of at most so many bytes for each thread.
 constexpr int kMergingBytes = 16;
 
-// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after. Once or twice a
-// kernel: in few instructions, and of a double's two words no shuffles.
+// The values of a block's first `count` threads merged in a fixed order, in every thread. Barriers before and after. Once
+// or twice a kernel: in few instructions, and of a double's two words no shuffles.
 template <typename V>
-SORTKD_DEVICE V block_merged(const V& value, char* shared) {
+SORTKD_DEVICE V block_merged(const V& value, char* shared, int count) {
   static_assert(sizeof(V) <= kMergingBytes);
   V* const values = reinterpret_cast<V*>(shared);
   const int thread = static_cast<int>(threadIdx.x);
@@ -86,7 +86,7 @@ SORTKD_DEVICE V block_merged(const V& value, char* shared) {
   values[thread] = value;
   __syncthreads();
 #pragma unroll 1
-  for (int left = static_cast<int>(blockDim.x); left > 1;) {
+  for (int left = min(count, static_cast<int>(blockDim.x)); left > 1;) {
     const int half = (left + 1) / 2;
     if (thread + half < left) values[thread].merge(values[thread + half]);
     left = half;

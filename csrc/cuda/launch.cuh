@@ -24,15 +24,11 @@ struct ClusterLaunch {
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
 };
-
 #endif
 
 template <typename T>
 cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
-  if (launch.shared_bytes > kGrantedShared) {
-    const cudaError_t error = grant_most(reinterpret_cast<const void*>(kernel), device());
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = grant(kernel, launch.shared_bytes); error != cudaSuccess) return error;
 #if defined(__CUDACC__)
   if (launch.cluster > 1) {
     const ClusterLaunch clusters(launch, stream);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kCountThreads)
   const int64_t span = (rows + gridDim.x - 1) / gridDim.x, end = min(rows, (blockIdx.x + 1) * span);
   Sums<int, 1> counted{};
   for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads) counted.of[0] += target[n] != ignore_index;
-  counted = block_merged(counted, shared_memory());
+  counted = block_merged(counted, shared_memory(), kCountThreads);
   if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(counted.of[0]);
 }
 

@@ -86,6 +86,11 @@ constexpr int stage_bytes(Kind kind, int held, int width) {
 const Device& device();
 // Lets a kernel have all of a block's shared memory and of a cluster's blocks, above what every launch may have.
 cudaError_t grant_most(const void* kernel, const Device& device);
+// The same where a launch needs it.
+template <typename Kernel>
+cudaError_t grant(Kernel* kernel, size_t shared_bytes) {
+  return shared_bytes > kGrantedShared ? grant_most(reinterpret_cast<const void*>(kernel), device()) : cudaSuccess;
+}
 // The blocks that a cluster of the current device may have, as Device says.
 int most_cluster(const Device& device);
 

@@ -14,14 +14,16 @@ int most_cluster(const Device& device) {
   cudaFuncGetAttributes(&attributes, kernel);
   // A device may run code of an older architecture.
   if (major < 9 || attributes.ptxVersion < 90) return 1;
-  Device most = device;
-  most.cluster = kMostCluster;
-  const ClusterLaunch launch({kMostCluster, kMostRowBlock, kMostCluster, device.shared_bytes}, nullptr);
-  if (grant_most(reinterpret_cast<const void*>(kernel), most) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0)
-    return kMostCluster;
-  cudaGetLastError();  // it was a question
-  return kCluster;
+  for (const int blocks : {kMostCluster, kCluster}) {
+    Device asked = device;
+    asked.cluster = blocks;
+    const ClusterLaunch launch({blocks, kMostRowBlock, blocks, device.shared_bytes}, nullptr);
+    if (grant_most(reinterpret_cast<const void*>(kernel), asked) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0)
+      return blocks;
+    cudaGetLastError();  // it was a question
+  }
+  return 1;
 #else
   (void)device;
   return 1;
