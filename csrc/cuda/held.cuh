@@ -180,16 +180,15 @@ struct HeldRows {
     while (row - lane_row < rows) {
       Pass pass{V(p, here(row) ? row : 0)};
       take(pass, row, coming);
-      const int next = row + p.step;
-      if (!pass.shares) fetch(next, coming);
       finish(pass, row);
-      if (pass.shares) fetch(next, coming);
-      row = next;
+      row += p.step;
+      if (pass.shares) fetch(row, coming);
     }
   }
 
-  // The pass that takes the exponentials and their sums.
-  SORTKD_DEVICE void take(Pass& pass, int row, const Coming& coming) const {
+  // The pass that takes the exponentials and their sums. The next row leaves as soon as this one is in registers: what a
+  // thread has begun to read from shared memory it has long before a copy that begins later arrives there.
+  SORTKD_DEVICE void take(Pass& pass, int row, Coming& coming) const {
     const int64_t label = coming.label;
     assert((is_class(label) || label == p.config.ignore_index) && "a label is outside [0, C)");
     const bool counts = here(row) && is_class(label) && static_cast<int>(label) != p.ignored;
@@ -254,6 +253,8 @@ struct HeldRows {
       }
       load_teacher();
     }
+    if constexpr (kKind == Kind::Lanes) pass.shares = __any_sync(kFullMask, pass.higher);
+    if (!pass.shares) fetch(row + p.step, coming);
 
     pass.offset_s = -(pass.student_label * scale), pass.offset_t = -(pass.teacher_label * scale);
     pass.sums = {};
@@ -268,18 +269,19 @@ struct HeldRows {
         const float u = fmaf(s[i], scale, pass.offset_s), v = fmaf(t[i], scale, pass.offset_t);
         s[i] = power_of_two(u), t[i] = power_of_two(v);
         add<kBlankIsFinite>(pass.sums, u, v, s[i], t[i]);
+        if constexpr (kCe) s[i] = compiler_barrier(s[i]);  // its square is not kept
       }
     }
     if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
       pass.sums.of[kCross] = 0;
 #pragma unroll 1
       for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {
-        const X* const at = staged(n / W, n % W);
-        const float v = fmaf(widened(at[kTeacher * W]), scale, pass.offset_t);
-        add_cross(pass.sums, fmaf(widened(*at), scale, pass.offset_s), v, power_of_two(v));
+        const int c = class_of(access, n / W, n % W);
+        if (static_cast<unsigned>(c) >= static_cast<unsigned>(p.C) || c == y || pass.higher >> n & 1) continue;
+        const float v = fmaf(access.teacher(c), scale, pass.offset_t);
+        add_cross(pass.sums, fmaf(access.student(c), scale, pass.offset_s), v, power_of_two(v));
       }
     }
-    if constexpr (kKind == Kind::Lanes) pass.shares = __any_sync(kFullMask, pass.higher);
   }
 
   // Whether the sums keep their range, z_t of the teacher.
