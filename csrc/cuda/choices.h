@@ -16,7 +16,7 @@ struct Overrides {
   int cluster = 0;      // blocks a row
   int from_memory = 0;  // 1: no row is held in registers
   int list_room = 0;    // entries of a block's list
-  int long_room = 0;    // entries that shared memory holds of a long list
+  int long_room = 0;    // entries that shared memory holds of a long list; then one block has device memory for others
   int blocks = 0;       // of a launch
 };
 inline Overrides overrides;
@@ -82,7 +82,8 @@ struct Device {
 // Of the launch for long lists: the entries of each of a block's two lists in what is left of its shared memory.
 inline int choose_long_room(int64_t most, int used_bytes, size_t entry_bytes, const Device& device) {
   if (overrides.long_room) return overrides.long_room;
-  return static_cast<int>(std::min<int64_t>(most, (device.shared_bytes - used_bytes) / static_cast<int64_t>(2 * entry_bytes)));
+  const int64_t room = (device.shared_bytes - used_bytes) / static_cast<int64_t>(2 * entry_bytes);
+  return static_cast<int>(std::clamp<int64_t>(room, 0, most));
 }
 
 struct Shape {

@@ -97,7 +97,7 @@ struct Plan {
   Mode mode;
   bool vectors, aligned, overflows;
   Shape shape, rest;
-  int counters, blocks, rest_blocks, room;
+  int counters, blocks, rest_blocks, long_blocks, room;
   unsigned* counts;
   unsigned long long* ticket;
   double* partials;
@@ -137,7 +137,7 @@ struct Plan {
     room = static_cast<int>(most_listed);
     bool in_device = false;
     overflows = false;
-    rest_blocks = 0;
+    rest_blocks = long_blocks = 0;
     if (shape.kind == Kind::Block && most_listed > most_room) {
       if (args.teacher_indices) {
         in_device = true;
@@ -146,7 +146,8 @@ struct Plan {
         overflows = true;
         room = static_cast<int>(most_room);
         rest = choose_mixed(C);
-        rest_blocks = list_blocks(rest);
+        rest_blocks = std::min(choose_blocks(rest, rows, C * (bytes_s + bytes_t), d), d.processors);
+        long_blocks = overrides.long_room ? 1 : std::min(list_blocks(rest), rest_blocks);
       }
     }
 
@@ -158,7 +159,7 @@ struct Plan {
     partials = pieces.take<double>(2 * (blocks / shape.cluster + rest_blocks));
     overflow = pieces.take<int32_t>(overflows ? rows : 0);
     entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
-    rest_entries = pieces.take<char>(rest_blocks * list_bytes);
+    rest_entries = pieces.take<char>(long_blocks * list_bytes);
     if (!in_device) entries = nullptr;
     if (!overflows) overflow = nullptr;
     bytes = pieces.used;
@@ -299,6 +300,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.partials_before = p.groups;
   p.cluster = 1;
   p.groups = plan.rest_blocks;
+  p.long_blocks = plan.long_blocks;
   p.only_overflow = true;
   p.power = 1;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));

@@ -51,6 +51,7 @@ struct Params {
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
   bool only_overflow;
+  int long_blocks;  // of that launch, those that have lists in device memory
 
   // Results: [rows], or [1] where the rows are reduced.
   bool reduced, mean;

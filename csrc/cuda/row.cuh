@@ -502,22 +502,39 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), 1)
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
   const T count = p.mean ? static_cast<T>(counted_rows(p)) : T(1);
   group.open();
-  // Of the rows whose list did not fit, a block looks at as many marks as it has threads.
+  // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
+  // shared memory, then, in blocks that have device memory, for the others.
   const bool marked_only = kMayBeRest && p.only_overflow;
   const int chunk = marked_only ? threads : 1, thread = static_cast<int>(threadIdx.x);
-  const int64_t step = p.groups;
+  unsigned* const marks = reinterpret_cast<unsigned*>(shared_memory() + p.merging);
 #pragma unroll 1
-  for (int64_t first = group.index(); first < p.tiles; first += step * chunk) {
-    const int64_t mine = first + step * thread;
-    const bool marked = marked_only && mine < p.rows && p.overflow[mine];
-    if (marked_only && !__syncthreads_or(marked)) continue;
+  for (int pass = 0; pass < (marked_only ? 2 : 1); ++pass) {
+    const int64_t step = pass == 0 ? p.groups : p.long_blocks;
+    if (pass == 1 && group.index() >= step) break;
 #pragma unroll 1
-    for (int i = 0; i < chunk; ++i) {
-      if (marked_only && !__syncthreads_or(marked && thread == i)) continue;
-      const int64_t row = (first + step * i) * rows + group.slot;
-      if (kKind == Kind::Block && p.overflow && !marked_only && group.member == 0) p.overflow[row] = 0;
-      Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows, kTopK ? p.k + 1 : marked_only ? p.overflow[row] : 0);
-      loss.run(row, count);
+    for (int64_t first = group.index(); first < p.tiles; first += step * chunk) {
+      if (marked_only) {
+        const int64_t mine = first + step * thread;
+        const int entries = mine < p.rows ? p.overflow[mine] : 0;
+        const bool marked = entries > 0 && (entries > p.list.long_room) == (pass == 1);
+        const unsigned votes = __ballot_sync(kFullMask, marked);
+        if (!__syncthreads_or(marked)) continue;
+        if (lane_id() == 0) marks[thread / 32] = votes;
+        __syncthreads();
+      }
+#pragma unroll 1
+      for (int w = 0; w < (chunk + 31) / 32; ++w) {
+#pragma unroll 1
+        for (unsigned left = marked_only ? marks[w] : 1; left; left &= left - 1) {
+          const int64_t row = (first + step * (32 * w + __ffs(static_cast<int>(left)) - 1)) * rows + group.slot;
+          if (kKind == Kind::Block && p.overflow && !marked_only && group.member == 0) p.overflow[row] = 0;
+          Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows,
+                                                  kTopK         ? p.k + 1
+                                                  : marked_only ? p.overflow[row]
+                                                                : 0);
+          loss.run(row, count);
+        }
+      }
     }
   }
   if (p.reduced && group.keeps_list()) reduce(p, rows, group.index());
