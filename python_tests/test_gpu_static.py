@@ -172,6 +172,7 @@ def test_reading_a_kernel():
     two instructions that the branch goes round."""
     kernel = gpu_static.Kernel("kernel", LOOP, 8, 0)
     assert kernel.local_accesses == 1 and len(kernel.code) == 11
+    assert kernel.fetched == 10  # nothing leads to the branch behind the end
     assert [piece.opcodes for piece in kernel.hot_loops] == [("LDG.E.128", "MUFU.EX2", "BRA")]
     assert kernel.once.opcodes == ("LDG.E.64", "BRA", "BRA", "STG.E.128", "EXIT")
     assert kernel.per_class(4) == {"instructions": 1.5, "exponentials": 0.5}

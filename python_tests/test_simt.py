@@ -52,7 +52,8 @@ CAUGHT = {
     "endless_loop": ("the launch does not end", INPUT),
     "endless_shuffling": ("the launch does not end", NEIGHBOURS),
 }  # fmt: skip
-# On two blocks of 32 threads, one cluster.
+# On one cluster of two blocks.
+CLUSTER = {"blocks": 2, "threads": 32, "cluster": 2}
 SWAPPED = INPUT[32:] + INPUT[:32]
 IN_CLUSTERS = {
     "cluster_barrier_not_reached_by_all": (
@@ -89,7 +90,7 @@ def run(request, faults, monkeypatch):
         # One thread of each block is enough where blocks are what is tested.
         shape = {"blocks": N, "threads": 1} if kernel == "blocks_that_depend" else {}
         if kernel in IN_CLUSTERS:
-            shape = {"blocks": 2, "threads": 32, "cluster": 2}
+            shape = CLUSTER
         return faults.run(kernel, planted, INPUT, **shape)
 
     return run
@@ -114,13 +115,12 @@ def test_caught_in_clusters(run, kernel):
 
 def test_bytes_not_waited_for(faults, monkeypatch):
     """They come at once in the first order, and too late in the others."""
-    shape = {"blocks": 2, "threads": 32, "cluster": 2}
     monkeypatch.setattr(faults.settings, "order", faults.Order.shuffled)
     with pytest.raises(
         RuntimeError, match=r"block [01], which has ended|a cluster has ended before what its blocks have sent"
     ):
-        faults.run("bytes_not_waited_for", True, INPUT, **shape)
-    assert faults.run("bytes_not_waited_for", False, INPUT, **shape) == SWAPPED
+        faults.run("bytes_not_waited_for", True, INPUT, **CLUSTER)
+    assert faults.run("bytes_not_waited_for", False, INPUT, **CLUSTER) == SWAPPED
 
 
 @pytest.mark.parametrize("kernel", SHOWN)

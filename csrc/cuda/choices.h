@@ -55,7 +55,8 @@ constexpr int kMostColumnClasses = 256;
 // rows far below; the others go to a launch of their own.
 constexpr int kListRoom = 2048;
 
-// Device memory for those lists of that launch that a block's shared memory does not hold: of 14,000 entries with 227 KiB.
+// Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
+// entries where it has 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
 
 // Shared memory that every launch may have.

@@ -101,14 +101,23 @@ SORTKD_DEVICE V compiler_barrier(V value) {
   return value;
 }
 
+// What instructions take for a place in the block's own shared memory.
+SORTKD_DEVICE unsigned shared_address(const void* place) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<unsigned>(__cvta_generic_to_shared(place));
+#else
+  (void)place;
+  return 0;
+#endif
+}
+
 // 16 bytes on their way from device to shared memory. What has been started is there after copies_wait(), for the thread
 // that has started it.
 SORTKD_DEVICE void copy_async(void* to, const void* from) {
 #if defined(SORTKD_SIMT)
   simt::copy_async(to, from);
 #elif defined(__CUDA_ARCH__)
-  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 #endif
 }
 // As a branch would; without one.
@@ -169,14 +178,6 @@ SORTKD_DEVICE V* in_block(V* place, unsigned rank) {
 // their places, and these have come. What was sent is there then, with no barrier of all threads and no fence, which
 // would wait for the gradient's stores too.
 using Mbarrier = uint64_t;
-SORTKD_DEVICE unsigned shared_address(const void* place) {
-#if defined(__CUDA_ARCH__)
-  return static_cast<unsigned>(__cvta_generic_to_shared(place));
-#else
-  (void)place;
-  return 0;
-#endif
-}
 SORTKD_DEVICE void mbarrier_init(Mbarrier* barrier) {
 #if defined(SORTKD_SIMT)
   simt::mbarrier_init(barrier);

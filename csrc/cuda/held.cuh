@@ -196,6 +196,7 @@ struct HeldRows {
     const int y = counts ? static_cast<int>(label) : 0;
     const unsigned place = static_cast<unsigned>(y + access.head);
     const int label_vector = static_cast<int>(place / W), label_i = static_cast<int>(place % W);
+    // A block's warp has kHeld vectors of each lane.
     const int label_j = kKind == Kind::Lanes ? label_vector >> log_lanes() : label_vector >> 5 & (kHeld - 1);
     pass.y = counts ? y : -1;
     pass.has_label = counts && label_vector - label_j * stride() == first_vector;

@@ -156,25 +156,25 @@ template <typename T, Kind kind, bool kMayBeInDevice>
 struct List {
   const ListPlaces& places;
   const Group<kind>& group;
-  Entry<T>*at, *spare;  // in a launch for long lists
+  Entry<T>*own, *spare;  // in a launch for long lists: where the entries are, and room for as many
 
   // `expected`: the entries of a list of such a launch.
   SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group, int expected = 0)
-      : places(places), group(group), at(nullptr), spare(nullptr) {
+      : places(places), group(group), own(nullptr), spare(nullptr) {
     if constexpr (kMayBeInDevice) {
       if (!places.in_device) return;
       const bool fits = expected <= places.long_room;
-      at = fits ? in_shared()
-                : reinterpret_cast<Entry<T>*>(places.in_device) + 2 * static_cast<int64_t>(blockIdx.x) * places.room;
-      spare = at + (fits ? places.long_room : places.room);
+      own = fits ? in_shared()
+                 : reinterpret_cast<Entry<T>*>(places.in_device) + 2 * static_cast<int64_t>(blockIdx.x) * places.room;
+      spare = own + (fits ? places.long_room : places.room);
     }
   }
   SORTKD_DEVICE Entry<T>* in_shared() const { return reinterpret_cast<Entry<T>*>(shared_memory() + places.entries); }
   SORTKD_DEVICE int* count() const { return reinterpret_cast<int*>(shared_memory() + places.counts) + group.slot; }
-  SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && at ? at : in_shared() + group.slot * places.room; }
+  SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && own ? own : in_shared() + group.slot * places.room; }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
-  // A barrier before any thread appends.
+  // The caller has a barrier before any thread appends.
   SORTKD_DEVICE void clear() const {
     if (group.keeps_list() && group.list_member() == 0) *count() = 0;
   }
@@ -209,10 +209,9 @@ struct List {
   // By all threads that keep the list.
   SORTKD_DEVICE void put_in_order(int n) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {
-      if (at) {
-        if (sort_by_digits(at, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram)) == at) return;
-        Entry<T>* const unordered = at;
-        at = spare, spare = unordered;
+      if (own) {
+        Entry<T>* const ordered = sort_by_digits(own, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram));
+        if (ordered == spare) spare = own, own = ordered;
         return;
       }
     }

@@ -129,10 +129,7 @@ struct Plan {
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
     const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
     const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
-    const auto list_blocks = [&](const Shape& s) {
-      return static_cast<int>(
-          std::max<int64_t>(1, std::min<int64_t>(choose_blocks(s, rows, C * (bytes_s + bytes_t), d), kListBytes / list_bytes)));
-    };
+    const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
     blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
     room = static_cast<int>(most_listed);
     bool in_device = false;
@@ -141,13 +138,13 @@ struct Plan {
     if (shape.kind == Kind::Block && most_listed > most_room) {
       if (args.teacher_indices) {
         in_device = true;
-        blocks = list_blocks(shape);
+        blocks = static_cast<int>(std::min<int64_t>(blocks, most_lists));
       } else {
         overflows = true;
         room = static_cast<int>(most_room);
         rest = choose_mixed(C);
         rest_blocks = std::min(choose_blocks(rest, rows, C * (bytes_s + bytes_t), d), d.processors);
-        long_blocks = overrides.long_room ? 1 : std::min(list_blocks(rest), rest_blocks);
+        long_blocks = overrides.long_room ? 1 : static_cast<int>(std::min<int64_t>(rest_blocks, most_lists));
       }
     }
 

@@ -9,7 +9,7 @@
 
 namespace simt {
 
-// As long as the launch may look at it: whether some thread of the block still runs.
+// Whether some thread of the block has not ended: until then its shared memory is there.
 inline bool is_alive(uint32_t rank) {
   const uint64_t threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
   for (uint64_t i = rank * threads; i < (rank + 1) * threads; ++i)
