@@ -135,28 +135,32 @@ class Kernel:
         ways = [[*self._way(0, end, self._quiet), end] for end in ends]
         return Piece.of(self.code[i] for i in max(ways, key=self._work) if i not in skipped)
 
-    @cached_property
-    def row(self) -> Piece | None:
-        """What one more row of rank 0 executes, where a kernel goes from row to row: of the loop around the stores of
-        whole vectors, the shortest way that meets them all. Exponentials in loops without such accesses are not looked
-        for: those go over the classes above the label, a row's edges, and rows that leave the range of their sums.
+    def row(self, warps: int = 1) -> float:
+        """Instructions of one more row of rank 0, the mean of so many warps; 0 for a kernel that has no loop over rows.
+
+        Of the loop around the stores of whole vectors, it is the shortest way that meets them all. Exponentials in
+        loops without such accesses are not looked for: those go over the classes above the label, a row's edges, and
+        rows that leave the range of their sums. Of a block's warps one computes the row's terms, known by reciprocals,
+        for the others.
         """
         stores = [i for i in self._order[0] if self.code[i].opcode.startswith("STG") and self.code[i].wide == 16]
         around = [x for x in self._all_loops if all(i in x[2] for i in stores)]
         if not stores or not around:
-            return None
+            return 0
         # What lies in shared memory is read again where a class is above the label.
         quiet = self._quiet | {i for i, x in enumerate(self.code) if x.opcode.startswith("LDS")}
         # What is loaded after the stores, logits and a label, is of a row behind one with a list.
         quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDG") and i > max(stores)}
-        head, back, _ = min(around, key=lambda x: len(x[2]))
-        return Piece.of(self.code[i] for i in [*self._way(head, back, quiet), back])
+        head, back, body = min(around, key=lambda x: len(x[2]))
+        terms = [i for i in body if self.code[i].opcode == "MUFU.RCP"]
+        leading = min(len(self._way(head, i, quiet)) + len(self._way(i, back, quiet)) for i in terms)
+        return 1 + (leading + (warps - 1) * len(self._way(head, back, quiet))) / warps
 
     @cached_property
     def _quiet(self) -> set[int]:
-        """Loops without accesses of 16 bytes: over labels, sums of other rows, and the classes above the label."""
-        inside = [x[2] for x in self._all_loops]
-        return {i for body in inside if not any(self.code[i].wide == 16 for i in body) for i in body}
+        """Loops without global accesses of 16 bytes: over labels, sums of other rows, the classes above the label."""
+        wide = {i for i, x in enumerate(self.code) if x.wide == 16 and not x.opcode.startswith("LDS")}
+        return {i for _, _, body in self._all_loops if not body & wide for i in body}
 
     @cached_property
     def _next(self) -> list[list[int]]:
@@ -303,6 +307,7 @@ def main() -> None:
     parser.add_argument("--arch", help="for a .cu file (sm_90), or one of those in an extension")
     parser.add_argument("--itemsize", type=int, default=4, help="bytes of a logit (4)")
     parser.add_argument("--held", type=float, default=0, help="classes that a thread holds in registers")
+    parser.add_argument("--warps", type=int, default=1, help="warps of a block that holds a row (1)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the kernels whose name matches")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -319,7 +324,7 @@ def main() -> None:
                     f"{k.count(_EXPONENTIAL)} exponentials; 16-byte accesses of global memory: {wide['LDG']} loads, "
                     f"{wide['STG']} stores\n"
                     f"  a class: {k.per_class(args.itemsize, args.held)}"
-                    + (f"; of one more row: {len(k.row.opcodes) / args.held:.1f}" if k.row and args.held else "")
+                    + (f"; of one more row: {k.row(args.warps) / args.held:.1f}" if k.row() and args.held else "")
                 )
                 for piece in k.hot_loops:
                     print(

@@ -49,7 +49,7 @@ SHAPES = (
     Shape(6, 129, "one past a power of two"),
     Shape(6, 1001, "edges at both ends of a long row"),
 )
-VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "swap", "row-T", "dkd-lskd-scalar-T")]
+VARIANTS = [cases.BY_NAME[n] for n in ("sort", "T4-ce-rows", "swap", "frozen-row-T-ce", "dkd-lskd-scalar-T")]
 
 
 @pytest.fixture(params=CHOICES)
@@ -112,7 +112,7 @@ def test_dtypes(backend, simt, choice, dtypes):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32), (F64, F64)], ids=cases.dtype_id)
 def test_classes_in_the_middle(backend, simt, choice, dtypes):
     """Logits [3, C, 5]: classes five apart, neighbouring rows next to each other."""
-    for classes, name in ((4, "T4-ce-rows"), (70, "sort")):
+    for classes, name in ((4, "T4-ce-rows"), (70, "sort"), (248, "T4-ce-rows"), (249, "sort")):
         want = expected(Shape(15, classes, ""), name, dtypes)
 
         def call(student, teacher, target, temperature, variant=want.variant):
@@ -188,6 +188,10 @@ def test_a_bad_label_stops_the_kernel(backend, simt, choice, label):
         fused_sort_kd(student, teacher, target, backend=backend)
     with pytest.raises(RuntimeError, match=r"assertion .*a label is outside \[0, C\)"):
         sort_logits(teacher, target, backend=backend)
+    indices = torch.arange(10).expand(10, 10).clone()
+    indices[4, 2] = label
+    with pytest.raises(RuntimeError, match=r"assertion .*a teacher index is outside \[0, C\)"):
+        fused_sort_kd_topk(student, teacher[:, :10], indices, torch.arange(10), backend=backend)
 
 
 def test_sums_in_two_stages(backend, simt):

@@ -48,8 +48,9 @@ constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster =
 // they read it again.
 constexpr int kGeneralBlock = 256, kMixedBlock = 384;
 
-// Classes of a row of Kind::Columns: up to 8 warps a block, and 64 KiB for the lists of 32 rows.
-constexpr int kMostColumnClasses = 256;
+// Classes of a row of Kind::Columns: up to 8 warps a block, and lists of 32 rows that leave their reductions room in the
+// 99 KiB which are all that some devices have.
+constexpr int kMostColumnClasses = 248;
 
 // Entries of a block's list, 16 KiB: room for two blocks beside what they hold. A trained teacher leaves nearly all
 // rows far below; the others go to a launch of their own.

@@ -173,10 +173,19 @@ SORTKD_DEVICE V* in_block(V* place, unsigned rank) {
   return place;
 #endif
 }
+// A store there, which is done when the threads of both blocks have passed a barrier of the cluster.
+template <typename V>
+SORTKD_DEVICE void store_in_block(V* place, const V& value, unsigned rank) {
+#if defined(SORTKD_SIMT)
+  simt::sends.store(place, value, rank);
+#else
+  *in_block(place, rank) = value;
+#endif
+}
 
 // An mbarrier of one arrival: a phase of it is over when its block has said how many bytes the cluster's blocks send to
-// their places, and these have come. What was sent is there then, with no barrier of all threads and no fence, which
-// would wait for the gradient's stores too.
+// their places, and these have come. What was sent to it is there then, and nothing else: there is no barrier of all
+// threads and no fence, which would wait for the gradient's stores too.
 using Mbarrier = uint64_t;
 SORTKD_DEVICE void mbarrier_init(Mbarrier* barrier) {
 #if defined(SORTKD_SIMT)

@@ -165,11 +165,13 @@ struct Group {
     static_assert(sizeof(V) <= kPartialBytes);
     return reinterpret_cast<V*>(shared_memory() + kMbarrierBytes + (turns & 1) * kPartialBytes * count);
   }
+  // What a block's warps would all compute alike, its first warp computes for them.
+  SORTKD_DEVICE bool leads() const { return kind != Kind::Block || threadIdx.x < kWarp; }
   SORTKD_DEVICE int row_warps() const { return static_cast<int>(static_cast<unsigned>(size) / kWarp); }
 
-  // What each warp of a row's blocks has, by block and warp: in order, and in every thread.
+  // What each warp of a row's blocks has, by block and warp, in order. For the threads that wait for it.
   template <typename V>
-  SORTKD_DEVICE const V* exchanged(const V& value) {
+  SORTKD_DEVICE const V* exchanged(const V& value, bool waits = true) {
     const int count = row_warps(), lane = static_cast<int>(lane_id());
     V* const all = partials<V>(count);
     V* const place = all + static_cast<unsigned>(member) / kWarp;
@@ -178,7 +180,7 @@ struct Group {
       Mbarrier* const barrier = mbarrier(turns & 1);
       if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, count * static_cast<int>(sizeof(V)));
       if (lane < blocks()) send_async(place, value, barrier, static_cast<unsigned>(lane));
-      mbarrier_wait(barrier, turns >> 1 & 1);
+      if (waits) mbarrier_wait(barrier, turns >> 1 & 1);
     } else {
       if (lane == 0) *place = value;
       __syncthreads();
@@ -237,14 +239,15 @@ struct Group {
   }
 
   // The sums over a row of a warp or of blocks, in few instructions; and whether any of the blocks' threads says so, by
-  // the sign of its warp's first sum, which is not negative.
+  // the sign of its warp's first sum, which is not negative. Of blocks, for the threads that lead.
   template <int n>
   SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, bool& says) {
     const Sums<float, n> own = warp_gathered<n>(warp_scattered(sums));
     if constexpr (kind == Kind::Lanes) return own;
     says = __any_sync(kFullMask, says);
     const float4* const all =
-        exchanged(make_float4(says ? -own.of[0] : own.of[0], own.of[1], own.of[2], n > 3 ? own.of[n - 1] : 0));
+        exchanged(make_float4(says ? -own.of[0] : own.of[0], own.of[1], own.of[2], n > 3 ? own.of[n - 1] : 0), leads());
+    if (!leads()) return own;
     Sums<float, 4> mine{};
     says = false;
 #pragma unroll 1

@@ -82,14 +82,23 @@ struct HeldRows {
     bool fix, slow;            // a row with a list; one that leaves the range of its sums
   };
 
+  // What the first warp of a block has found out for the others.
+  struct alignas(16) Posted {
+    KdTerms on;
+    int fix, slow;
+    RowSums sums;
+  };
+  static_assert(sizeof(Posted) <= kNoteBytes);
+
   const Params<float>& p;
   Group<kKind>& group;
   List<float, kKind, false> list;
   const int first_vector;  // of the thread
   uint4* const stage;
   const int rows;
-  const float scale, fourth;  // fourth: whether e^4 is the exponential of the cross-entropy
-  float weight;               // of a row in the result
+  const float scale;
+  float weight;       // of a row in the result
+  const bool fourth;  // whether e^4 is the exponential of the cross-entropy
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
@@ -102,8 +111,8 @@ struct HeldRows {
                                threadIdx.x / kWarp * (stage_bytes(kKind, kHeld, W) / 16) + lane_id())),
         rows(static_cast<int>(p.rows)),
         scale(p.inverse_temperature * static_cast<float>(kLog2e)),
-        fourth(p.power == 4 ? 1.0f : 0.0f),
-        weight(1) {}
+        weight(1),
+        fourth(p.power == 4) {}
 
   SORTKD_DEVICE int log_lanes() const { return kLogLanes >= 0 ? kLogLanes : p.log_lanes; }
   // From a thread's vector of the row to its next one: a block's warps have neighbouring vectors each.
@@ -162,7 +171,7 @@ struct HeldRows {
     else
       add_cross(sums, u, v, e_t);
     // e^4 or e^2, with no branch; e itself has been added.
-    if constexpr (kCe) sums.of[kZCe] = fmaf(e * e, fmaf(e * e, fourth, 1.0f - fourth), sums.of[kZCe]);
+    if constexpr (kCe) sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
   }
 
   // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
@@ -308,6 +317,7 @@ struct HeldRows {
         return false;
       }
       int at = places.first;
+      if (kKind == Kind::Lanes) __syncwarp();  // the list takes the place of logits that other lanes have loaded
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
@@ -380,21 +390,41 @@ struct HeldRows {
     Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false};
     // The rows of a warp take the steps of the list together.
     whole.fix = kKind == Kind::Block ? pass.higher : pass.shares;
+    KdTerms on;
+    const auto make_terms = [&] {
+      const KdSums row_sums{whole.sums.of[kZStudent],
+                            whole.sums.of[kZTeacher],
+                            whole.sums.of[kCross],
+                            z_ce(whole),
+                            fmaf(pass.student_label, scale, whole.offset_s),
+                            fmaf(whole.top, scale, whole.offset_t)};
+      // The sums of a row that does not count are 0, so that its terms are, and its gradient.
+      float weight = this->weight;
+      if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
+      on = kd_terms(p, row_sums, weight, kCe ? p.power : 0);
+    };
     whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
-    whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
-    if (whole.fix || any(whole.slow))
-      if (!complete(pass, whole, row)) return;
-
-    const KdSums row_sums{whole.sums.of[kZStudent],
-                          whole.sums.of[kZTeacher],
-                          whole.sums.of[kCross],
-                          z_ce(whole),
-                          fmaf(pass.student_label, scale, whole.offset_s),
-                          fmaf(whole.top, scale, whole.offset_t)};
-    // The sums of a row that does not count are 0, so that its terms are, and its gradient.
-    float weight = this->weight;
-    if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
-    const KdTerms on = kd_terms(p, row_sums, weight, kCe ? p.power : 0);
+    if (group.leads()) whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
+    if constexpr (kKind == Kind::Lanes) {
+      if (whole.fix || any(whole.slow)) complete(pass, whole, row);
+      make_terms();
+    } else {
+      Posted& posted = *reinterpret_cast<Posted*>(shared_memory() + p.list.notes);
+#pragma unroll 1
+      for (bool completed = false;; completed = true) {
+        if (group.leads()) {
+          make_terms();
+          // The other warps have had the row before, or their part of these sums would not be there.
+          if (threadIdx.x == 0) posted = {on, whole.fix, whole.slow, whole.sums};
+        }
+        __syncthreads();
+        on = posted.on;
+        whole.fix = posted.fix, whole.slow = posted.slow;
+        if (completed || !(whole.fix || whole.slow)) break;
+        whole.sums = posted.sums;
+        if (!complete(pass, whole, row)) return;
+      }
+    }
     if (here(row) && group.member == 0) {
       write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
       if (kKind == Kind::Block && p.overflow) p.overflow[row] = 0;

@@ -143,6 +143,9 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
   return from;
 }
 
+// Shared memory for what some thread of a block has for all of them.
+constexpr int kNoteBytes = 48;
+
 // Where the launch has put the lists: pointers would take registers.
 struct ListPlaces {
   int counts, entries, histogram, notes,
@@ -179,7 +182,11 @@ struct List {
     if (group.keeps_list() && group.list_member() == 0) *count() = 0;
   }
   SORTKD_DEVICE void put(int at, T value, int c) const {
-    (group.blocks() > 1 ? in_block(entries(), 0) : entries())[at] = Entry<T>::of(value, c);
+    const auto entry = Entry<T>::of(value, c);
+    if (group.blocks() > 1)
+      store_in_block(entries() + at, entry, 0);
+    else
+      entries()[at] = entry;
   }
   // Beyond its room the list only counts.
   SORTKD_DEVICE void append(T value, int c) const {

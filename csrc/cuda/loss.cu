@@ -242,7 +242,7 @@ Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in
   p.list.in_device = in_device;
   p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
-  p.list.notes = take(2 * static_cast<int>(sizeof(T)));
+  p.list.notes = take(kNoteBytes);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
   p.merging = take(kMergingBytes * threads);

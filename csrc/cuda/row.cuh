@@ -132,7 +132,9 @@ struct Row {
 #pragma unroll 1
     for (int j = group.member; counts && j < p.k; j += group.size) {
       const T value = element<T>(p.teacher, p.teacher_dtype, row * p.k + j);
-      const int c = static_cast<int>(indices[j]);
+      const int64_t index = indices[j];
+      assert(index >= 0 && index < p.C && "a teacher index is outside [0, C)");
+      const int c = static_cast<int>(index);
       // Of several entries of the label the first one counts.
       bool first = true;
       for (int i = 0; c == y && i < j; ++i) first &= indices[i] != y;
@@ -366,8 +368,9 @@ struct Row {
             add_teacher(some, u, v, power_of_two(v));
           }
           if (above > 0) top = list[0].value();
-          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) *in_block(notes(), threadIdx.x) = top;
+          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) store_in_block(notes(), top, threadIdx.x);
         }
+        if (group.blocks() > 1) group.sync();
       }
       add_to(sums, some);
       sums = group.merged(sums);

@@ -76,14 +76,24 @@ inline void cluster_barrier(std::source_location site = std::source_location::cu
   wait_at({"cluster_barrier", Awaits::Cluster, 0, site}, 0);
 }
 
-// What is sent is there at once in the forward order, else as late as may be: when no thread can go on without it.
+// What is sent is there at once in the forward order, else as late as may be: when no thread can go on without it. A
+// plain store to another block, when a barrier of the cluster orders it.
 class Sends {
  public:
   template <typename V>
+  void store(V* place, const V& value, uint32_t rank) {
+    stores_.push_back(moved(place, value, rank));
+    if (settings.order == Order::Forward) order_stores();
+  }
+
+  void order_stores() {
+    for (const Sent& store : std::exchange(stores_, {})) std::memcpy(store.to, store.bytes.data(), store.bytes.size());
+  }
+
+  template <typename V>
   void send(V* place, const V& value, uint64_t* barrier, uint32_t rank) {
-    Sent sent{reinterpret_cast<char*>(simt::in_block(place, rank)), simt::in_block(barrier, rank), {}};
-    sent.bytes.resize(sizeof(V));
-    std::memcpy(sent.bytes.data(), &value, sizeof(V));
+    Sent sent = moved(place, value, rank);
+    sent.barrier = simt::in_block(barrier, rank);
     Mbarrier::at(sent.barrier);
     under_way_.push_back(std::move(sent));
     if (settings.order == Order::Forward) deliver();
@@ -105,17 +115,24 @@ class Sends {
   }
 
   void check_delivered() {
-    if (std::exchange(under_way_, {}).empty()) return;
+    if (under_way_.empty() && stores_.empty()) return;
+    under_way_.clear(), stores_.clear();
     throw Fault(machine.kernel + ": a cluster has ended before what its blocks have sent each other had come");
   }
 
  private:
   struct Sent {
     char* to;
-    uint64_t* barrier;
     std::vector<char> bytes;
+    uint64_t* barrier = nullptr;
   };
-  std::vector<Sent> under_way_;
+  template <typename V>
+  static Sent moved(V* place, const V& value, uint32_t rank) {
+    Sent sent{reinterpret_cast<char*>(simt::in_block(place, rank)), std::vector<char>(sizeof(V))};
+    std::memcpy(sent.bytes.data(), &value, sizeof(V));
+    return sent;
+  }
+  std::vector<Sent> under_way_, stores_;
 };
 
 inline Sends sends;

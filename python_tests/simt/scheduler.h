@@ -33,7 +33,9 @@ class Scheduler {
           if (settings.order == Order::Shuffled) break;
         }
       }
-      if (!moved && !sends.deliver() && !release(0, threads_, Awaits::Cluster)) throw stuck();
+      if (moved || sends.deliver()) continue;
+      if (!release(0, threads_, Awaits::Cluster)) throw stuck();
+      sends.order_stores();
     }
     sends.check_delivered();
     for (uint32_t block = 0; block < machine.blocks; ++block)
