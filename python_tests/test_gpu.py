@@ -156,6 +156,26 @@ def test_in_place_and_retained_graph(backend, C, dtype):
 
 
 @EVERY_BACKEND
+def test_kernels_of_one_shape(backend):
+    """Triton's later calls launch what the first compiled: not for another dtype, nor for another alignment."""
+    leaf, teacher, target = make(12, 1000)
+    for dtype in (F32, F64, F16):
+        for value in (2.0, 5.0):
+            temperature = torch.tensor(value, dtype=dtype, device=DEVICE)
+            want = fused_sort_kd(leaf, teacher, target, temperature=value, backend="reference")
+            got = fused_sort_kd(leaf, teacher, target, temperature=temperature, backend=backend)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    want = torch.autograd.grad(fused_sort_kd(leaf, teacher, target, backend="reference"), leaf)[0]
+    for other in (teacher, teacher.double()):
+        got = torch.autograd.grad(fused_sort_kd(leaf, other, target, backend=backend), leaf)[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+    for inplace in (False, True):
+        logits = torch.empty(12 * 1000 + 1, device=DEVICE)[1:].view(12, 1000).copy_(leaf)  # no multiple of 16 bytes
+        got = torch.autograd.grad(fused_sort_kd(logits, teacher, target, inplace=inplace, backend=backend), leaf)[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+
+
+@EVERY_BACKEND
 def test_gradient_scaler(backend):
     """Probabilities of 1e-8 are 0 in float16; the scale is multiplied in before the rounding."""
     student = torch.zeros(2, 40, dtype=F16)
@@ -170,11 +190,15 @@ def test_gradient_scaler(backend):
     torch.testing.assert_close(leaf.grad.cpu().double()[:, 3:] / 65536, true, rtol=2**-11, atol=2.0**-25 / 65536)
 
 
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
 @pytest.mark.parametrize("variant", cases.TWO_VARIANTS, ids=str)
 @EVERY_BACKEND
-def test_compiled(backend, variant, fresh_compiler):
+def test_compiled(backend, variant, mode, fresh_compiler):
+    """Three times: torch.compile's CUDA graphs are warmed up, recorded and replayed."""
     want = expected(cases.Shape(41, 9, "odd sizes"), variant.name)
-    assert_matches(run(want.rows, variant, backend, lambda f: torch.compile(f, fullgraph=True)), want)
+    for _ in range(3):
+        got = run(want.rows, variant, backend, lambda f: torch.compile(f, fullgraph=True, mode=mode))
+        assert_matches(got, want)
 
 
 @pytest.mark.parametrize("C", (100, 1000, 20011))

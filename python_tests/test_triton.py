@@ -9,6 +9,7 @@ a sorted run 32, so that a hundred classes take every way.
 from __future__ import annotations
 
 import os
+import threading
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -20,7 +21,7 @@ from triton_cases import CORRECTIONS, MEAN, METHODS, NONE, SUM, check, expected,
 from sortkd_kernels import available_backends, fused_sort_kd, reference
 from sortkd_kernels.backends import triton as backend
 from sortkd_kernels.backends.triton import choices, launch
-from sortkd_kernels.ops import reference_sort_logits
+from sortkd_kernels.ops import LossConfig, reference_sort_logits
 
 TRITON = available_backends()["triton"]
 pytestmark = [
@@ -39,6 +40,22 @@ CASES = (
     (2, 1000, "right"),  # ImageNet: nothing to correct
     (2, 9000, "few"),  # more than fits in registers
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def signatures(monkeypatch):
+    """A kernel's first call compiles what its later ones launch: for dtypes, and for alignments where it rests on them."""
+    first, call = {}, choices.Launch.__call__
+
+    def checked(self, pointers, numbers):
+        names, anywhere = self.kernel.arg_names, self.kernel.kwargs["do_not_specialize"]
+        now = [(n, x.dtype, n in anywhere or x.data_ptr() % 16 == 0) for n, x in zip(names, pointers, strict=False)]
+        _, compiled = first.setdefault(id(self), (self, now))
+        for (name, dtype, aligned), (_, dtype_now, aligned_now) in zip(compiled, now, strict=True):
+            assert dtype == dtype_now and aligned_now >= aligned, (self.kernel.__name__, name)
+        return call(self, pointers, numbers)
+
+    monkeypatch.setattr(choices.Launch, "__call__", checked)
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +339,76 @@ def test_arguments_of_later_calls(monkeypatch):
     assert len(calls) == 7
 
 
+@pytest.mark.parametrize("C", (9, 9000))
+def test_kernels_of_one_shape(C):
+    """What may change from call to call of one shape; `signatures` has the kernels checked."""
+    *logits, target = make(4, C, "few")
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        run(*logits, target, temperature=torch.tensor(2.0, dtype=dtype))
+        run(*logits, target, temperature=torch.tensor([2.0, 3, 4, 5], dtype=dtype), method=METHODS[2])
+    student = logits[0].requires_grad_()
+    for teacher in (logits[1], logits[1].double()):
+        # The loss, and what comes back to it, is a double beside a double.
+        loss = fused_sort_kd(student, teacher, target, backend="triton")
+        (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, 3))
+        (once,) = torch.autograd.grad(fused_sort_kd(student, teacher, target, backend="triton"), student)
+        torch.testing.assert_close(gradient, 3 * once, rtol=2e-7, atol=0)
+    between = torch.zeros(4 * C + 1)[1:].view(4, C)  # no multiple of 16 bytes
+    for inplace in (False, True):
+        run(between.copy_(logits[0].detach()), logits[1], target, inplace=inplace)
+
+
+@pytest.fixture
+def two_launches():
+    """Rows of which each of a call's two launches takes some."""
+    student, teacher, target = make(9, 40, "last")
+    target[::3] = teacher[::3].argmax(-1)
+    return student, teacher, target
+
+
+def test_a_call_of_another_thread_between_the_launches(monkeypatch, two_launches):
+    inputs = two_launches
+    want, results, call = run(*inputs), [], choices.Launch.__call__
+
+    def interrupted(self, pointers, numbers):
+        call(self, pointers, numbers)
+        if not results:
+            results.append(None)
+            other = threading.Thread(target=lambda: results.append(run(*inputs)))
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(choices.Launch, "__call__", interrupted)
+    assert all(torch.equal(x, y) for x, y in zip(run(*inputs), want, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(results[1], want, strict=True))
+
+
+def test_a_call_that_ends_between_the_launches(monkeypatch, two_launches):
+    """Its first launch has counted rows that its second one never takes: the next call has other counters."""
+    inputs, launched, call = two_launches, [], choices.Launch.__call__
+    want = run(*inputs)
+
+    def broken(self, pointers, numbers):
+        launched.append(self)
+        if len(launched) == 2:
+            raise MemoryError
+        call(self, pointers, numbers)
+
+    monkeypatch.setattr(choices.Launch, "__call__", broken)
+    with pytest.raises(MemoryError):
+        run(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(run(*inputs), want, strict=True))
+
+
+def test_a_trace_keeps_no_memory():
+    """In a graph of torch.compile's, what a call kept would lie in the graph's memory."""
+    *logits, target = make(4, 9, "few")
+    launch._TICKETS.clear()
+    blocks = len(launch._BLOCKS)
+    torch.ops.sortkd_kernels.sort_kd_forward_triton(*logits, None, target, None, *LossConfig(), None, True, False)
+    assert not launch._TICKETS and len(launch._BLOCKS) == blocks
+
+
 class Compiled:
     """What Triton's compiler hands back, as far as `choices.Launch` knows it."""
 
@@ -336,6 +423,8 @@ def test_later_calls_launch_what_the_first_compiled(monkeypatch):
     seen = []
 
     class Kernel:
+        arg_names, kwargs = ["x"], {"do_not_specialize": []}
+
         def __getitem__(self, grid):
             return lambda *a, **k: (seen.append((grid, a, k)), Compiled(seen))[1]
 

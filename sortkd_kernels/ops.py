@@ -241,7 +241,7 @@ if backends.available_backends()["triton"].available:
         return _triton().loss_forward(student, teacher, teacher_indices, target, temperature, config, *request)
 
     def _triton_op(*arguments: Any) -> tuple[Tensor, ...]:
-        return _triton_forward(*arguments[:5], LossConfig(*arguments[5:-3]), *arguments[-3:])
+        return _triton_forward(*arguments[:5], LossConfig(*arguments[5:-3]), *arguments[-3:], False, True)
 
     def _triton_scale(grad: Tensor, grad_output: Tensor) -> Tensor:
         return _triton().scale_gradient(grad, grad_output)

@@ -142,9 +142,9 @@ def _native_state() -> BackendState:
 def _triton_state() -> BackendState:
     if importlib.util.find_spec("triton") is None:
         return BackendState(False, (), "triton is not installed")
-    # The compilers before know no tuples of tuples. A torch is made for one minor version of triton.
-    if torch.__version__ < (2, 8):
-        reason = f"needs triton 3.4, that of torch 2.8, or newer; this is torch {torch.__version__}"
+    # Triton 3.4 gives an atomic's result to one thread alone. A torch is made for one minor version of triton.
+    if torch.__version__ < (2, 9):
+        reason = f"needs triton 3.5, that of torch 2.9, or newer; this is torch {torch.__version__}"
         return BackendState(False, (), reason)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return BackendState(True, ("cpu",), "under the Triton interpreter (TRITON_INTERPRET=1)")

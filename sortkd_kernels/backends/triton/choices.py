@@ -27,6 +27,12 @@ from .short_rows import sort_kd_short_rows
 
 WORK = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+
+def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
+    """What logits of these dtypes are computed in."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 # The most classes of a row held in registers: 32 values of either side a lane with 8 warps. The further sums of a
 # general row take half of that room, and doubles half again.
 SHORT_ROW = 8192
@@ -35,7 +41,7 @@ SHORT_ROW = 8192
 LONG_BLOCK = 2048
 
 # Registers of a lane: 16 warps a processor, some of which load while others compute; one less for short rows, which
-# spill on sm_100 otherwise. The sort of large ranks, the rare case, and doubles take more.
+# spill on sm_100 otherwise. The sort of large ranks, the rare case, general short rows and doubles take more.
 REGISTERS = 128
 REGISTERS_OF_SHORT_ROW = 136
 MOST_REGISTERS = 255
@@ -68,7 +74,8 @@ def options(warps: int, registers: int) -> dict[str, Any]:
 class Launch:
     """A kernel with what all of its calls share.
 
-    The first call compiles. The later ones go past Triton's argument binder, which takes longer than all the rest.
+    The first call compiles. The later ones go past Triton's argument binder, which takes longer than all the rest: what
+    the compiled form rests on, dtypes and alignments, must be the same, and so is a part of every cache's key.
     """
 
     def __init__(self, kernel: Any, programs: int, warps: int, registers: int = REGISTERS, **constants: Any) -> None:
@@ -132,7 +139,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def plan(
     shape: torch.Size, strides: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, torch.dtype], k: int,
-    indices: torch.dtype | None, ce: int, general: bool, correction: int, mean: bool, aligned: tuple[bool, bool],
+    indices: torch.dtype | None, ce: int, general: bool, correction: int, mean: bool, aligned: tuple[bool, ...],
     device: torch.device,
 ) -> Plan | None:  # fmt: skip
     """The plan for a student of ``shape`` and a teacher with all classes or ``k``; None for strides without one.
@@ -144,7 +151,7 @@ def plan(
         general: GENERAL of the kernels.
         correction: 0 none, 1 sort, 2 swap; in registers a swap has one step whatever the rank.
         mean: whether rows are counted.
-        aligned: whether the logits lie at multiples of 16 bytes. Kernels that rely on it are others.
+        aligned: whether student, teacher and gradient lie at multiples of 16 bytes. Kernels that rely on it are others.
     """
     C = shape[-1]
     N = math.prod(shape[:-1])
@@ -153,7 +160,7 @@ def plan(
     rows = _rows(shape, strides)
     if rows is None:
         return None
-    work = torch.float64 if torch.float64 in dtypes else torch.float32
+    work = arithmetic(*dtypes)
     vector = 16 // min(d.itemsize for d in dtypes)
     constants = {"CE": ce, "GENERAL": general, "LAYOUT": rows.layout, "ALIGN": rows.align, "WORK": WORK[work]}
     count = None
@@ -173,10 +180,10 @@ def plan(
 
 @functools.lru_cache(maxsize=64)
 def logits_plan(
-    N: int, C: int, dtype: torch.dtype, listed: bool, aligned: bool, device: torch.device
+    N: int, C: int, strides: tuple[int, ...], dtype: torch.dtype, listed: bool, aligned: bool, device: torch.device
 ) -> tuple[Launch, Scratch]:
-    """A launch of the correction alone."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    """A launch of the correction alone. On ROCm logits of less than 2 GiB, by their strides, have another kernel."""
+    work = arithmetic(dtype)
     warps = min(8, max(1, triton.next_power_of_2(C) // 256))
     capacity = C if listed else COUNTED.value
     programs = _programs(N, warps, 8 * capacity * _buffers(work), device)
@@ -192,7 +199,7 @@ def bucket(N: int, C: int, k: int, dtypes: tuple[torch.dtype, ...], device: torc
     Args:
         dtypes: of student, teacher and indices.
     """
-    work = torch.float64 if torch.float64 in dtypes else torch.float32
+    work = arithmetic(*dtypes)
     block = min(LONG_BLOCK, max(128, triton.next_power_of_2(C)))
     warps = max(1, block // 256)
     programs = _programs(N, warps, C, device)
@@ -201,9 +208,13 @@ def bucket(N: int, C: int, k: int, dtypes: tuple[torch.dtype, ...], device: torc
 
 
 @functools.lru_cache(maxsize=256)
-def scale(total: int, dtype: torch.dtype, aligned: bool, device: torch.device) -> Launch:
-    """A launch of the rescaling: four programs a processor, which is enough to keep its memory busy."""
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+def scale(total: int, dtypes: tuple[torch.dtype, torch.dtype], aligned: bool, device: torch.device) -> Launch:
+    """A launch of the rescaling: four programs a processor, which is enough to keep its memory busy.
+
+    Args:
+        dtypes: of the gradient and of what multiplies it.
+    """
+    work = arithmetic(dtypes[0])
     programs = min(triton.cdiv(total, 4096), 4 * _processors(device))
     return Launch(sort_kd_scale, programs, 8, WORK=WORK[work], BLOCK=4096)
 
@@ -218,7 +229,7 @@ def _short(N: int, C: int, rows: Rows, vector: int, values: int, constants: dict
     if rows.layout == NEIGHBOURS.value:
         # Rows are neighbours in memory in place of classes ([N, C, H, W]): a row for each lane of a warp, or each
         # sector of 32 bytes is read for one value.
-        R = max(1, min(32, SHORT_ROW // padded))
+        R = max(1, min(32, SHORT_ROW * values // 32 // padded))
         pieces, classes, warps = 1, padded, max(1, R * padded // (32 * values))
         programs = N // rows.inner * triton.cdiv(rows.inner, R)
     else:
@@ -227,7 +238,8 @@ def _short(N: int, C: int, rows: Rows, vector: int, values: int, constants: dict
         pieces, warps, R = padded // classes, max(1, lanes // 32), max(1, 32 // lanes)
         programs = triton.cdiv(N, R)
     tile = {"C": C, "R": R, "K": pieces, "L": classes}
-    registers = MOST_REGISTERS if constants["WORK"] == tl.float64 else REGISTERS_OF_SHORT_ROW
+    # Of 8 warps a processor has one program anyway; general rows would spill.
+    registers = MOST_REGISTERS if constants["GENERAL"] or warps == 8 else REGISTERS_OF_SHORT_ROW
     return Launch(sort_kd_short_rows, programs, warps, registers, **constants, **tile)
 
 

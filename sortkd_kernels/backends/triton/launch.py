@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,9 @@ from .row_io import COUNT_LABELS, COUNTERS, MAX_GROUPS, SUM_COUNTS
 
 UNIFORM, BUCKET = 1, 2  # places in TAILS of `checks.py`
 
-# Counters that each call leaves at zero, by device and stream: calls of one stream follow each other.
-_TICKETS: dict[tuple[int | None, int], Tensor] = {}
+# Counters that each call leaves at zero, by device, stream and thread: a call's launches on one stream may have another
+# thread's between them.
+_TICKETS: dict[tuple[int | None, int, int], Tensor] = {}
 # For captured calls, whose graph may be replayed on any stream: each has counters that no other call uses.
 _SPARE: dict[int | None, list[Tensor]] = {}
 _BLOCKS: list[Tensor] = []  # what the counters lie in is never given back: a graph does not hold its tensors
@@ -40,7 +42,7 @@ def _on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
 def loss_forward(
     student: Tensor, teacher: Tensor, teacher_indices: Tensor | None, target: Tensor,
     temperature_tensor: Tensor | None, config: Any, grad_output: Tensor | None, grad_student: bool,
-    grad_temperature: bool, inplace: bool = False,
+    grad_temperature: bool, inplace: bool = False, traced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss of :func:`sortkd_kernels.reference.loss_rows`, reduced, and its gradients.
 
@@ -55,6 +57,7 @@ def loss_forward(
             in the working precision, before the gradient's one rounding.
         grad_student, grad_temperature: which gradients to make.
         inplace: write the student's gradient over ``student``.
+        traced: keep no memory: in a graph of torch.compile's it would be the graph's.
 
     Returns:
         ``loss, kd, ce, rank, grad_student, grad_temperature``; what is not asked for has shape ``[0]``.
@@ -70,26 +73,27 @@ def loss_forward(
     if teacher_indices is not None:
         k = teacher.shape[-1]
         teacher, teacher_indices = teacher.contiguous(), teacher_indices.contiguous()
-    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    work = choices.arithmetic(student.dtype, teacher.dtype)
     reduction, parts, new = config.reduction, config.parts, student.new_empty
     shape = target.shape if reduction == 0 else ()
     gradient = new(0)
     if grad_student:
         gradient = student if inplace else torch.empty_like(student)
+    written = gradient if grad_student else student
     general = temperature_tensor is not None or config.standardize or work == torch.float64
     ce = -1 if general or (config.with_ce and config.temperature not in (1, 2, 4)) else 0
     if config.with_ce and not ce:
         ce = int(config.temperature)
     plan = choices.plan(
-        student.shape, (student.stride(), teacher.stride(), (gradient if grad_student else student).stride()),
+        student.shape, (student.stride(), teacher.stride(), written.stride()),
         (student.dtype, teacher.dtype), k,
         None if teacher_indices is None else teacher_indices.dtype, ce, general, config.correction, reduction == 2,
-        (student.data_ptr() % 16 == 0, teacher.data_ptr() % 16 == 0), device,
+        (student.data_ptr() % 16 == 0, teacher.data_ptr() % 16 == 0, written.data_ptr() % 16 == 0), device,
     ) if N else None  # fmt: skip
     if N and plan is None:  # no two strides walk these rows
         *results, made, by_temperature = loss_forward(
             student.contiguous(), teacher.contiguous(), teacher_indices, target, temperature_tensor, config,
-            grad_output, grad_student, grad_temperature,
+            grad_output, grad_student, grad_temperature, traced=traced,
         )  # fmt: skip
         return *results, gradient.copy_(made) if grad_student else made, by_temperature
 
@@ -102,7 +106,7 @@ def loss_forward(
         for value in results[: 3 if parts else 1]:
             value.fill_(math.nan if reduction == 2 else 0.0)
         return results
-    tickets = _tickets(device)
+    tickets = _tickets(device, traced)
     slots, counts, ranks, mean = loss, tickets, rank, 0
     if reduction:
         slots = new((2 if ce else 1) * N + 2 * MAX_GROUPS.value, dtype=work)
@@ -116,8 +120,8 @@ def loss_forward(
             plan.count((target, counts), (N, config.ignore_index))
     # A pointer that a kernel does not use is one of the right dtype: another would be another kernel.
     pointers = (
-        student, teacher, target, loss if temperature_tensor is None else temperature_tensor.contiguous(),
-        loss if grad_output is None else grad_output.contiguous(), gradient if grad_student else student,
+        student, teacher, target, loss if temperature_tensor is None else temperature_tensor.to(work).contiguous(),
+        loss if grad_output is None else grad_output.to(work).contiguous(), written,
         by_temperature, loss, kd, cross_entropy, ranks, slots, tickets, counts,
     )  # fmt: skip
     decoupled = config.beta is not None
@@ -129,16 +133,24 @@ def loss_forward(
         plan.max_rank, int(decoupled), int(config.standardize), config.temperature, config.kd_weight,
         config.alpha if decoupled else 1.0, config.beta_of(C) if decoupled else 0.0, config.ce_weight,
     )  # fmt: skip
+    calls = []  # all memory is there before the first one counts
     for launch, scratch in zip((plan.first, plan.listed), plan.scratch, strict=True):
         if launch is None:
             continue
         if scratch is None:
-            launch(pointers, numbers)
+            calls.append((launch, pointers, numbers))
             continue
         keys = new(scratch.keys, dtype=torch.int64)
         dense = new(scratch.dense, dtype=work) if k else loss
-        indices = teacher_indices if k else keys
-        launch((*pointers, indices, keys, dense), (*numbers, C, k, int(config.tail == UNIFORM), scratch.capacity))
+        more = teacher_indices if k else keys, keys, dense
+        of_rows = C, k, int(config.tail == UNIFORM), scratch.capacity
+        calls.append((launch, (*pointers, *more), (*numbers, *of_rows)))
+    try:
+        for launch, given, settings in calls:
+            launch(given, settings)
+    except BaseException:
+        _TICKETS.clear()  # what has been launched counts on what has not
+        raise
     return results
 
 
@@ -148,7 +160,7 @@ def _bucket_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`loss_forward` of a teacher with the bucket: the rows one by one, their sum by torch."""
     C, N, k, parts, new = student.shape[-1], target.numel(), indices.shape[-1], config.parts, student.new_empty
-    work = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    work = choices.arithmetic(student.dtype, teacher.dtype)
     logits = student.contiguous()
     gradient = logits if inplace else torch.empty_like(logits) if grad_student else student.new_empty(0)
     loss = new(target.shape, dtype=work)
@@ -161,9 +173,9 @@ def _bucket_loss(
         launch(
             (
                 logits, teacher.contiguous(), indices.contiguous(), target.contiguous(),
-                loss if temperature is None else temperature.contiguous(),
-                loss if grad_output is None else grad_output.contiguous(), gradient if grad_student else logits,
-                by_temperature, loss, kd, ce, rank, marks,
+                loss if temperature is None else temperature.to(work).contiguous(),
+                loss if grad_output is None else grad_output.to(work).contiguous(),
+                gradient if grad_student else logits, by_temperature, loss, kd, ce, rank, marks,
             ),
             (
                 N, C, k, _row_stride(temperature), _row_stride(grad_output), config.ignore_index, int(parts),
@@ -189,7 +201,7 @@ def scale_gradient(grad_student: Tensor, grad_output: Tensor) -> Tensor:
     if grad_output.dim() or not grad_student.numel():
         return grad_student.mul_(grad_output.unsqueeze(-1))
     device, total = grad_student.device, grad_student.numel()
-    launch = choices.scale(total, grad_student.dtype, grad_student.data_ptr() % 16 == 0, device)
+    launch = choices.scale(total, (grad_student.dtype, grad_output.dtype), grad_student.data_ptr() % 16 == 0, device)
     launch((grad_student, grad_output), (total,))
     return grad_student
 
@@ -211,7 +223,8 @@ def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: 
     logits = teacher.reshape(N, C)
     rank = torch.empty(N, dtype=torch.int32, device=device)
     for listed in (False, True)[: 1 + (correction != 0 and choices.COUNTED.value < C - 1)]:
-        launch, scratch = choices.logits_plan(N, C, teacher.dtype, listed, logits.data_ptr() % 16 == 0, device)
+        aligned = logits.data_ptr() % 16 == 0
+        launch, scratch = choices.logits_plan(N, C, logits.stride(), teacher.dtype, listed, aligned, device)
         keys = torch.empty(scratch.keys, dtype=torch.int64, device=device)
         launch(
             (logits, target.contiguous(), corrected, rank, keys),
@@ -220,21 +233,25 @@ def sort_logits(teacher: Tensor, target: Tensor, correction: int, ignore_index: 
     return corrected
 
 
-def _tickets(device: torch.device) -> Tensor:
+def _tickets(device: torch.device, traced: bool) -> Tensor:
     """Zeroed counters for a call on the current stream."""
-    index = device.index
+    index, stream = device.index, 0
     spare = _SPARE.setdefault(index, [])
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return spare.pop() if spare else torch.zeros(1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-    tickets = _TICKETS.get((index, stream))
-    if tickets is None or not spare:
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if traced or (captured and not spare):
+        return torch.zeros(1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
+    if captured:
+        return spare.pop()
+    if not spare:
         block = torch.zeros(64, 1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
         _BLOCKS.append(block)
         spare.extend(block)
-        tickets = _TICKETS.setdefault((index, stream), spare.pop())
+    if device.type == "cuda":
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    key = index, stream, threading.get_ident()
+    tickets = _TICKETS.get(key)
+    if tickets is None:
+        tickets = _TICKETS[key] = spare.pop()
     return tickets
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .order import RUN, collect, corrected_above, put_in_order
 from .row_io import read_label
-from .row_math import wide
+from .row_math import total, wide
 
 
 @triton.jit(
@@ -41,9 +41,9 @@ def sort_kd_logits(
                 classes = start + tl.arange(0, B)[None, None, :]
                 held = (classes < C) & wide(counts)
                 t = tl.load(t_row + classes * step, mask=held, other=-float("inf")).to(WORK)
-                broken += tl.sum(tl.sum(tl.sum((t != t).to(tl.int32), 2), 1), 0)
+                broken += tl.sum(total((t != t).to(tl.int32)), 0)
                 above = t > wide(t_y)
-                found = tl.sum(tl.sum(tl.sum(above.to(tl.int32), 2), 1), 0)
+                found = tl.sum(total(above.to(tl.int32)), 0)
                 if (found > 0) & (correction != 0):
                     collect(keys, t, classes, above, ranked, capacity)
                     ranked += found

@@ -190,7 +190,9 @@ def sort_kd_long_rows(
             label, counts_row = read_label(target, rows, rows < N, ignore_index, C)
             # A row that does not count holds no class.
             live = tl.sum(counts_row.to(tl.int32), 0) * C
-            s_row = student + row_start(place, INNER, s_outer, s_inner, LAYOUT, ALIGN)
+            outer = place // INNER
+            inner = place % INNER
+            s_row = student + row_start(place, outer, inner, s_outer, s_inner, LAYOUT, ALIGN)
             if TOP_K:
                 top = place.to(tl.int64) * k_classes
                 t_row = dense + program.to(tl.int64) * C
@@ -198,7 +200,7 @@ def sort_kd_long_rows(
                     teacher + top, teacher_indices + top, label, k_classes, t_row, C, live, uniform, WORK, L
                 )  # fmt: skip
             else:
-                t_row = teacher + row_start(place, INNER, t_outer, t_inner, LAYOUT, ALIGN)
+                t_row = teacher + row_start(place, outer, inner, t_outer, t_inner, LAYOUT, ALIGN)
             s_step = class_step(s_class, LAYOUT)
             t_step = class_step(t_class, T_LAYOUT)
             at_label = wide(label)
@@ -301,7 +303,7 @@ def sort_kd_long_rows(
                     slots, tickets, N, group_bits, reduction, parts, learned, kd_weight, ce_weight, CE, GENERAL,
                 )  # fmt: skip
                 if with_grad != 0:
-                    out = grad_student + row_start(place, INNER, g_outer, g_inner, LAYOUT, ALIGN)
+                    out = grad_student + row_start(place, outer, inner, g_outer, g_inner, LAYOUT, ALIGN)
                     g_step = class_step(g_class, LAYOUT)
                     m_s = finite_or_zero(m_s)
                     m_t = finite_or_zero(m_t)

@@ -29,11 +29,15 @@ _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", 
 
 
 class Case(NamedTuple):
-    """A training step's calls, KD with the sort correction unless ``options`` of a `LossConfig` say otherwise."""
+    """A training step's calls, KD with the sort correction unless ``options`` of a `LossConfig` say otherwise.
+
+    Of ``neighbours`` the rows lie next to each other, as in ``[N, C, H, W]``.
+    """
 
     C: int
     dtype: torch.dtype = torch.float32
     options: tuple[tuple[str, Any], ...] = ()
+    neighbours: bool = False
 
 
 class Recorded(NamedTuple):
@@ -84,6 +88,8 @@ def record(call: Callable[[], Any]) -> list[Recorded]:
 def launches(case: Case, target: str, Options: type, rows: int = 64) -> list[Recorded]:
     """The launches of a case for one target: the loss with its gradient, the rescaling, the correction alone."""
     logits = torch.empty(rows, case.C, dtype=case.dtype)
+    if case.neighbours:
+        logits = torch.empty(case.C, rows, dtype=case.dtype).t()
     labels = torch.zeros(rows, dtype=torch.int64)
 
     def step() -> None:

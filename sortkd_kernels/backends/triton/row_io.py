@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_math import rounded
+from .row_math import rounded, wide
 
 # LAYOUT of the logits: class after class, with one stride from row to row or with two; or row after row, as in
 # [N, C, H, W]; or any strides. A stride known to be 1 is what makes wide accesses.
@@ -31,15 +31,20 @@ SLOT_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def row_start(rows, INNER, outer_stride, inner_stride, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
-    """Where each row begins. The strides are in units of ALIGN elements: so the compiler knows what divides them."""
+def row_start(row, outer, inner, outer_stride, inner_stride, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
+    """Where a row begins. The strides are in units of ALIGN elements: so the compiler knows what divides them."""
     if LAYOUT == ONE_STRIDE:
-        return rows.to(tl.int64) * (outer_stride * ALIGN)
-    outer = (rows // INNER).to(tl.int64) * (outer_stride * ALIGN)
-    inner = (rows % INNER).to(tl.int64)
+        return row.to(tl.int64) * (outer_stride * ALIGN)
+    return outer.to(tl.int64) * (outer_stride * ALIGN) + inner.to(tl.int64) * (inner_stride * ALIGN)
+
+
+@triton.jit
+def tile_start(x, rows, outer, inner, outer_stride, inner_stride, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers to the first class of each row of a tile."""
     if LAYOUT == NEIGHBOURS:
-        return outer + inner
-    return outer + inner * (inner_stride * ALIGN)
+        # What the rows share apart from what tells them apart: else the compiler does not see that they are neighbours.
+        return x + outer.to(tl.int64) * outer_stride + wide(inner)
+    return x + wide(row_start(rows, outer, inner, outer_stride, inner_stride, LAYOUT, ALIGN))
 
 
 @triton.jit
@@ -173,6 +178,7 @@ def reduce_rows(
         for g in range(tl.min(group, 0), tl.max(group, 0) + 1):
             if tl.max((last & (group == g)).to(tl.int32), 0) > 0:
                 tl.atomic_xchg(tickets + 1 + g, 0, sem="acquire")
+                tl.debug_barrier()  # one thread has acquired what all of them read
                 begin = g << group_bits
                 end = tl.minimum(begin + (1 << group_bits), N)
                 kd_sum = sum_slots(slots, begin, end)
@@ -190,6 +196,7 @@ def reduce_rows(
                     complete = tl.atomic_add(tickets, 1, sem="release") + 1 == groups
                     if complete:
                         tl.atomic_xchg(tickets, 0, sem="acquire")
+                        tl.debug_barrier()
                         kd_sum = sum_slots(sums, 0, groups)
                         ce_sum = sum_slots(sums + MAX_GROUPS, 0, groups)
                 if complete:

@@ -14,8 +14,8 @@ from .row_io import (
     read_label,
     read_temperature,
     reduce_rows,
-    row_start,
     store_row,
+    tile_start,
 )
 from .row_math import (
     INFINITY,
@@ -103,19 +103,22 @@ def sort_kd_short_rows(
     if LAYOUT == NEIGHBOURS:
         # Never across the end of an inner dimension: within it the compiler sees that the rows are neighbours.
         blocks = tl.cdiv(INNER, R)
+        outer = program // blocks
         inner = program % blocks * R + tl.arange(0, R)
-        rows = program // blocks * INNER + inner
+        rows = outer * INNER + inner
         inside = inner < INNER
     else:
         rows = program * R + tl.arange(0, R)
+        outer = rows // INNER
+        inner = rows % INNER
         inside = rows < N
     classes = first_classes(K, L) + tl.arange(0, L)[None, None, :]
     held = classes < C
     if R > 1 or LAYOUT == NEIGHBOURS:
         held = held & wide(inside)
     # Rows that do not count are read too: a mask would have the logits wait for the labels.
-    student += wide(row_start(rows, INNER, s_outer, s_inner, LAYOUT, ALIGN))
-    teacher += wide(row_start(rows, INNER, t_outer, t_inner, LAYOUT, ALIGN))
+    student = tile_start(student, rows, outer, inner, s_outer, s_inner, LAYOUT, ALIGN)
+    teacher = tile_start(teacher, rows, outer, inner, t_outer, t_inner, LAYOUT, ALIGN)
     s = tl.load(student + class_offset(classes, s_class, LAYOUT), mask=held, other=-INFINITY).to(WORK)
     t = tl.load(teacher + class_offset(classes, t_class, LAYOUT), mask=held, other=-INFINITY).to(WORK)
     label, counts_row = read_label(target, rows, inside, ignore_index, C)
@@ -173,7 +176,7 @@ def sort_kd_short_rows(
     )  # fmt: skip
     if with_grad != 0:
         g = gradient(coefficients, s, exponentials, CE, GENERAL)
-        out = grad_student + wide(row_start(rows, INNER, g_outer, g_inner, LAYOUT, ALIGN))
+        out = tile_start(grad_student, rows, outer, inner, g_outer, g_inner, LAYOUT, ALIGN)
         g = rounded(g, grad_student.dtype.element_ty)
         places = out + class_offset(classes, g_class, LAYOUT)
         tl.store(places, g, mask=(classes < C) & wide(done & counts_row))
