@@ -128,7 +128,10 @@ def extension(architectures: list[int]) -> Extension:
     # Not a macro for nvcc too, which would take the commas for its own.
     arguments["extra_compile_args"]["cxx"].append(f"-DSORTKD_CUDA={','.join(map(str, architectures))}")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    # For devices in between and newer ones. A device takes no PTX of an architecture that it does not have.
+    codes += [
+        f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({architectures[0], architectures[-1]})
+    ]
     # Two architectures at a time beside ninja's files: what a machine of two cores takes. Quotients of floats to two
     # units in the last place, in half as many instructions: each lane computes those of its row.
     arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "-prec-div=false", "--threads", "2", *codes]
@@ -160,7 +163,10 @@ def _look_for_architectures() -> list[int]:
     if torch.version.cuda is None:
         raise LookupError(f"torch {torch.__version__} is not a CUDA build")
     listed = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
-    here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    try:
+        here = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # a driver that is too old for this torch, say
+        raise LookupError(f"torch cannot use the GPUs that are here ({str(error).splitlines()[0]})") from error
     wanted = [10 * int(major) + int(minor) for major, minor in listed or here]
     if not listed and (CUDA == "all" or (CUDA == "1" and not here)):
         wanted = list(ARCHITECTURES)
@@ -168,8 +174,12 @@ def _look_for_architectures() -> list[int]:
     if not wanted:
         raise LookupError("no GPU of compute capability 8.0 or newer is here; SORTKD_CUDA=all builds them all the same")
     nvcc = _find_nvcc()
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = [int(arch) for arch in re.findall(r"compute_(\d+)", known)]
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = [int(arch) for arch in re.findall(r"compute_(\d+)", listing.stdout)]
+    if not known:
+        raise LookupError(
+            f"{nvcc} --list-gpu-arch names no architecture: {listing.stderr.strip() or listing.stdout.strip()}"
+        )
     # A GPU that is newer than nvcc compiles the PTX of the newest architecture that nvcc knows.
     return sorted({max(arch for arch in known if arch <= each) for each in wanted})
 

@@ -116,16 +116,15 @@ struct SortKdBackward : torch::autograd::Node {
 
 LossOutput output_of(const LossResult& r) { return {r.loss, r.kd, r.ce, r.rank}; }
 
-bool is_eager(const at::Tensor& student) {
+// Whether all of them have the values that their memory holds, and no mode wants to see the ops.
+bool is_eager(const LossTensors& tensors) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
-  constexpr c10::DispatchKeySet observed({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-#if defined(SORTKD_CUDA)
-  const bool has_kernels = student.is_cpu() || student.is_cuda();
-#else
-  const bool has_kernels = student.is_cpu();
-#endif
-  return has_kernels && !student.key_set().has_any(observed) &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
+  c10::DispatchKeySet keys = tensors.student.key_set() | tensors.teacher.key_set() | tensors.target.key_set();
+  for (const OptionalTensor& t : {tensors.teacher_indices, tensors.temperature, tensors.row_scale})
+    if (t) keys = keys | t->key_set();
+  constexpr c10::DispatchKeySet observed(
+      {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Negative});
+  return !keys.has_any(observed) && !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Python);
 }
 
 }  // namespace
@@ -134,8 +133,8 @@ std::optional<LossOutput> eager_loss(const at::Tensor& student, const at::Tensor
                                      const OptionalTensor& teacher_indices, const at::Tensor& target,
                                      const OptionalTensor& temperature, const OptionalTensor& row_scale,
                                      const LossConfig& config, bool inplace) {
-  if (!is_eager(student)) return std::nullopt;
   const LossTensors tensors{student, teacher, teacher_indices, target, temperature, row_scale};
+  if (!is_eager(tensors)) return std::nullopt;
   const at::Tensor learned = temperature.value_or(at::Tensor());
   for (const at::Tensor& t : {student, learned})
     TORCH_CHECK_NOT_IMPLEMENTED(!t.defined() || !t._fw_grad(0).defined(),

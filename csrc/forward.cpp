@@ -55,6 +55,8 @@ void check_beside(const at::Tensor& t, const char* name, const at::Tensor& logit
   TORCH_CHECK_VALUE(t.sizes().equals(shape), "sortkd_kernels: expected ", name, " of shape ", shape, ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.device() == logits.device(), "sortkd_kernels: expected ", name, " on ", logits.device(), ", got ",
                     t.device());
+  TORCH_CHECK_TYPE(!t.key_set().has(c10::DispatchKey::Python), "sortkd_kernels: expected ", name,
+                   " to be a plain tensor, got a subclass whose memory is elsewhere");
 }
 
 void check_indices(const at::Tensor& indices, const char* name) {

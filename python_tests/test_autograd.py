@@ -296,3 +296,38 @@ def test_a_teacher_from_inference_mode(backend, top_k, dtype):
         loss.backward()
         results.append(leaf.grad)
     assert torch.equal(*results)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor without memory, as a result that is still on its way from other ranks is: its values are another one's."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def values(x):
+            return x.values if isinstance(x, Elsewhere) else x
+
+        return func(*torch.utils._pytree.tree_map(values, args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", (F32, F16), ids=str)
+@EVERY_BACKEND
+def test_tensors_whose_memory_is_not_their_own(backend, dtype):
+    """A teacher or labels of a wrapper subclass, or negated lazily: never what lies at their address."""
+    student, teacher, target = cases.make_rows(9, 12, (dtype, dtype))
+
+    def step(teacher, target):
+        leaf = student.clone().requires_grad_()
+        loss = fused_sort_kd(leaf, teacher, target, backend=backend)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    want = step(teacher, target)
+    for others in ((Elsewhere(teacher), target), (teacher, Elsewhere(target)), (torch._neg_view(-teacher), target)):
+        for got, value in zip(step(*others), want, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-6, atol=0)

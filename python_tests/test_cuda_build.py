@@ -55,10 +55,10 @@ def setup(tmp_path, monkeypatch):
         (extension,) = called["ext_modules"]
         codes = " ".join(extension.extra_compile_args.get("nvcc", []))
         found = [int(arch) for arch in re.findall(r"code=sm_(\d+)", codes)]
-        # The macro, the PTX for later GPUs and the sources all say the same.
+        # The macro, the PTX for GPUs in between and later ones, and the sources all say the same.
         flags = extension.extra_compile_args["cxx"]
         assert (f"-DSORTKD_CUDA={','.join(map(str, found))}" in flags) == bool(found)
-        assert re.findall(r"code=compute_(\d+)", codes) == [str(arch) for arch in found[-1:]]
+        assert re.findall(r"code=compute_(\d+)", codes) == [str(arch) for arch in dict.fromkeys(found[:1] + found[-1:])]
         assert any(name.endswith(".cu") for name in extension.sources) == bool(found)
         return found
 
@@ -85,7 +85,7 @@ def test_architectures(setup, wanted, listed, gpus, expected):
     assert setup(wanted, listed, gpus) == expected
 
 
-def test_what_is_asked_for_is_never_left_out(setup, monkeypatch):
+def test_what_is_asked_for_is_never_left_out(setup, monkeypatch, capfd):
     """An error that says what is missing, in place of an extension without kernels."""
     with pytest.raises(RuntimeError, match=r"SORTKD_CUDA=1: no GPU of compute capability 8\.0"):
         setup("1", "", [(7, 5)])
@@ -95,6 +95,16 @@ def test_what_is_asked_for_is_never_left_out(setup, monkeypatch):
     with pytest.raises(RuntimeError, match="SORTKD_CUDA=all: nvcc is neither on PATH nor in CUDA_HOME"):
         setup("all", "", [])
     assert setup("", "9.0", []) == []
+
+    def too_old(index):
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", too_old)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SORTKD_CUDA", "")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    runpy.run_path("setup.py")  # built without CUDA kernels
+    assert "too old" in capfd.readouterr().err
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match=r"SORTKD_CUDA=1: torch \S+ is not a CUDA build"):
         setup("1", "", [])

@@ -313,6 +313,58 @@ def test_compiled_as_one_graph(options, fresh_compiler):
     torch.testing.assert_close(*results)  # the compiled rows are not dropped, so other sums
 
 
+# CUDA's products of halves in float32, with what they refuse and without the sum that Inductor lacks: in a process of its
+# own, since every thread sees them.
+WIDENED = """
+import torch
+from sortkd_kernels import fused_linear, fused_linear_sort_kd
+
+def product(a, b, out_dtype):
+    assert a.dtype == b.dtype and out_dtype == torch.float32 and a.dtype in (torch.half, torch.bfloat16)
+    return a.float() @ b.float()
+
+def product_into(a, b, out_dtype, *, out):
+    return out.copy_(product(a, b, out_dtype))
+
+def sum_into(total, a, b, out_dtype, *, beta=1, alpha=1, out):
+    assert total.dtype == out_dtype
+    return out.copy_(product(a, b, out_dtype) + (beta * total if beta else 0))
+
+library = torch.library.Library("aten", "IMPL")
+library.impl("mm.dtype", product, "CPU")
+library.impl("mm.dtype_out", product_into, "CPU")
+library.impl("addmm.dtype_out", sum_into, "CPU")
+generator = torch.Generator().manual_seed(0)
+hidden, weight, teacher = (torch.randn(size, generator=generator) for size in ((20, 16), (50, 16), (20, 50)))
+target = torch.arange(20)
+
+def run(function, dtype, autocast):
+    inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = function(*inputs, target, teacher_logits=teacher, chunk_rows=8)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+for dtype, autocast in ((torch.bfloat16, None), (torch.half, None), (torch.float32, torch.bfloat16),
+                        (torch.bfloat16, torch.half), (torch.float64, torch.bfloat16)):
+    want = run(fused_linear_sort_kd, dtype, autocast)
+    fused_linear._widens = lambda x, work: work == torch.float32 and x.dtype in (torch.half, torch.bfloat16)
+    compiled = torch.compile(fused_linear_sort_kd, fullgraph=True, backend="aot_eager")
+    for function in (fused_linear_sort_kd, compiled):
+        got = run(function, dtype, autocast)
+        for g, w in zip(got, want, strict=True):
+            # Other sums of 16 or 20 products, and the half that they are rounded to: two steps of bfloat16.
+            torch.testing.assert_close(g, w, rtol=2**-7, atol=2**-7 * w.abs().max().item())
+    torch._dynamo.reset()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("dtype" not in torch.ops.aten.mm.overloads(), reason="torch 2.8 is the first that has them")
+def test_products_as_cuda_has_them():
+    done = subprocess.run([sys.executable, "-c", WIDENED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_autocast_makes_the_products_half():
     """Parameters in float32 under bfloat16: the loss of bfloat16 inputs, a gradient that no block rounds."""
     inputs = Inputs(64, 32, 100, dtype=F32)

@@ -39,7 +39,7 @@ def loss(
     learned = temperature is not None and temperature.requires_grad
     if torch.is_grad_enabled() and (student.requires_grad or learned):
         others = teacher, teacher_indices, target, row_scale
-        return _Loss.apply(student, temperature, kernels, others, config, inplace and _has_values(student))
+        return _Loss.apply(student, temperature, kernels, others, config, inplace and _has_values(*inputs))
     return forward(kernels, inputs, config, None, False, False)[:4]
 
 
@@ -102,7 +102,7 @@ def forward(
     options = config
     if row_scale is not None:
         grad_output, options = row_scale, config._replace(reduction=0)
-    if kernels.forward is None or not _has_values(tensors[0]):
+    if kernels.forward is None or not _has_values(*tensors):
         results = kernels.op(*tensors, *options, grad_output, grad_student, grad_temperature)
     else:
         if inplace:
@@ -125,11 +125,11 @@ def _scaled(kernels: Kernels, grad: Tensor, grad_output: Tensor) -> Tensor:
     return kernels.scale(grad.clone() if keeps_graph() else grad, grad_output)
 
 
-def _has_values(t: Tensor) -> bool:
-    """A tensor with memory of its own, outside any trace, with no mode that wants to see the ops."""
+def _has_values(*tensors: Tensor | None) -> bool:
+    """Tensors that are what their memory holds, outside any trace, with no mode that wants to see the ops."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return type(t) is Tensor or type(t) is torch.nn.Parameter
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in tensors)
 
 
 def keeps_graph() -> bool:

@@ -19,10 +19,12 @@ _FN = "fused_linear_sort_kd"
 # What the logits of a block may take, both sides together: so many bytes, or this part of the call's float32 logit
 # matrix where that is more. Fewer rows than these are not worth the reading of the weight for a matrix product.
 _BLOCK_BYTES, _BLOCK_SHARE, _BLOCK_ROWS = 30 << 20, 36, 64
-# A product of halves adds up in float32. PyTorch's returns that sum as it is on CUDA devices since version 2.8;
-# elsewhere so many bytes of float32 are made at once of a half-precision factor.
-_CUDA_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
-_WIDENED_BYTES = 1 << 20
+# A product of halves adds up in float32. PyTorch's returns that sum as it is on CUDA devices since version 2.8, in a
+# compiled graph since 2.10; elsewhere so many bytes of float32 are made at once of a half-precision factor, on a CPU
+# what its caches hold.
+_CUDA_WIDENS = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+_COMPILED_WIDENS = torch.__version__ >= (2, 10)
+_CPU_WIDENED_BYTES, _GPU_WIDENED_BYTES = 1 << 20, 256 << 20
 
 
 def fused_linear_sort_kd(
@@ -377,7 +379,9 @@ def _walk(
         grad_weight[C:] = 0
     hidden, weight = hidden.detach(), weight.detach().to(hidden.dtype)
     if wanted[0]:
-        grad_hidden = hidden if call.inplace else torch.empty_like(hidden)
+        # Ranks add up memory: it must have one order on all of them.
+        inplace = call.inplace and (call.group is None or hidden.is_contiguous())
+        grad_hidden = hidden if inplace else torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if wanted[2]:
         grad_bias = hidden.new_zeros(weight.shape[0], dtype=ops.arithmetic(hidden))
     parts, by_temperature = [], []
@@ -423,10 +427,10 @@ def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
     work = ops.arithmetic(rows)
     if rows.dtype == work:
         return rows @ weight.T
-    if rows.is_cuda and _CUDA_WIDENS:
+    if _widens(rows, work):
         return torch.mm(rows, weight.T, out_dtype=work)
     # No product of halves returns the sums that it adds up here: widened, a slice of the weight after the other.
-    wide, step = rows.to(work), max(1, _WIDENED_BYTES // (work.itemsize * (weight.shape[1] + rows.shape[0])))
+    wide, step = rows.to(work), _widened_rows(rows, work.itemsize * (weight.shape[1] + rows.shape[0]))
     product = rows.new_empty(rows.shape[0], weight.shape[0], dtype=work)
     for first in range(0, weight.shape[0], step):
         product[:, first : first + step] = wide @ weight[first : first + step].to(work).T
@@ -437,13 +441,26 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, added: bool) -> None:
     """``total += a @ b``, or ``total = a @ b`` where nothing is ``added`` to; the sum is in the dtype of ``total``."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=int(added))
-    elif total.is_cuda and _CUDA_WIDENS:
+    elif _widens(a, total.dtype) and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=int(added), out=total)
     else:
-        step = max(1, _WIDENED_BYTES // (total.itemsize * b.shape[1]))
+        step = total.shape[0] if _widens(a, total.dtype) else _widened_rows(total, total.itemsize * b.shape[1])
         for first in range(0, total.shape[0], step):
-            product, part = a[first : first + step] @ b, total[first : first + step]
+            rows, part = a[first : first + step], total[first : first + step]
+            # Inductor has no sum with a product of another dtype.
+            product = torch.mm(rows, b, out_dtype=total.dtype) if _widens(a, total.dtype) else rows @ b
             part.add_(product) if added else part.copy_(product)
+
+
+def _widens(x: Tensor, work: torch.dtype) -> bool:
+    """Whether PyTorch returns a product of ``x`` in ``work``."""
+    usable = x.is_cuda and _CUDA_WIDENS and (_COMPILED_WIDENS or not torch.compiler.is_compiling())
+    return usable and work == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _widened_rows(x: Tensor, row_bytes: int) -> int:
+    """Rows that are widened at once, on the device of ``x``."""
+    return max(1, (_GPU_WIDENED_BYTES if x.is_cuda else _CPU_WIDENED_BYTES) // row_bytes)
 
 
 def _grad_dtype(weight: Tensor) -> torch.dtype:

@@ -160,7 +160,9 @@ def loss_rows(
     student = torch.where(counts.unsqueeze(-1), student, 0.0)
     teacher = torch.where(counts.unsqueeze(-1), teacher, 0.0)
     label = torch.where(counts, target, 0)
-    t = torch.as_tensor(temperature, dtype=student.dtype, device=student.device).expand(target.shape)
+    # A number that the host would copy to the device would make it wait.
+    t = temperature.to(student) if isinstance(temperature, Tensor) else student.new_full((), temperature)
+    t = t.expand(target.shape)
 
     corrected = correct_logits(teacher, label, correction)
     rank = rank_of_label(teacher, label)

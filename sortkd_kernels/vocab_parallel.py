@@ -5,8 +5,8 @@ classes, a block of rows at a time; sums and maxima of rows are reduced over the
 losses from the reduced numbers by the same arithmetic, so that they are equal bit by bit. What crosses ranks is some
 twenty numbers a row and, for the correction, the teacher's values above the label.
 
-How much that is must be known on the host: a call waits for the device twice, and once more for each block of rows in
-which the teacher puts a class of this rank above the label. All ranks of the group make the same calls in the same
+How much that is must be known on the host: a call waits for the device four times, and once more for each block of rows
+in which the teacher puts a class of this rank above the label. All ranks of the group make the same calls in the same
 order; that includes the backward pass of float16 students, whose gradient is made there.
 """
 

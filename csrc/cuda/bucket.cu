@@ -227,15 +227,11 @@ size_t bucket_scratch_bytes(const LossArgs& args) {
 
 cudaError_t run_bucket(const LossArgs& args, void* scratch, cudaStream_t stream) {
   if (args.layout.rows() == 0) return cudaSuccess;
-  if (args.student_dtype == Dtype::Double) return launch_bucket<double, double>(args, scratch, stream);
-  if (args.student_dtype == Dtype::Float)
-    return args.acc_double() ? launch_bucket<float, double>(args, scratch, stream)
-                             : launch_bucket<float, float>(args, scratch, stream);
-  if (args.student_dtype == Dtype::BFloat16)
-    return args.acc_double() ? launch_bucket<BFloat16, double>(args, scratch, stream)
-                             : launch_bucket<BFloat16, float>(args, scratch, stream);
-  return args.acc_double() ? launch_bucket<Half, double>(args, scratch, stream)
-                           : launch_bucket<Half, float>(args, scratch, stream);
+  return with_dtype(args.student_dtype, [&](auto x) {
+    using X = decltype(x);
+    return args.acc_double() ? launch_bucket<X, double>(args, scratch, stream)
+                             : launch_bucket<X, Acc<X>>(args, scratch, stream);
+  });
 }
 
 }  // namespace cuda

@@ -84,6 +84,15 @@ constexpr int stage_bytes(Kind kind, int held, int width) {
   return 32 * held * (logits > entries ? logits : entries);
 }
 
+// f(a value of the type).
+template <typename F>
+auto with_dtype(Dtype dtype, F&& f) {
+  if (dtype == Dtype::Float) return f(float{});
+  if (dtype == Dtype::BFloat16) return f(BFloat16{});
+  if (dtype == Dtype::Half) return f(Half{});
+  return f(double{});
+}
+
 const Device& device();
 // Lets a kernel have all of a block's shared memory and of a cluster's blocks, above what every launch may have.
 cudaError_t grant_most(const void* kernel, const Device& device);

@@ -159,14 +159,6 @@ cudaError_t scale(const ScaleArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename F>
-auto with_dtype(Dtype dtype, F&& f) {
-  if (dtype == Dtype::Float) return f(float{});
-  if (dtype == Dtype::BFloat16) return f(BFloat16{});
-  if (dtype == Dtype::Half) return f(Half{});
-  return f(double{});
-}
-
 }  // namespace
 
 size_t scratch_bytes(const SortArgs& args) {
