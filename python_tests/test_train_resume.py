@@ -26,11 +26,13 @@ from train_cases import (  # noqa: F401
 )  # fmt: skip
 
 from train import models
+from train.assembly import build_trainer
 from train.checkpoint import Checkpoints, DamagedCheckpoint, generator_states, set_generator_states, write
 from train.config import ConfigError
 from train.experiment import train
 from train.naming import run_name
 from train.run import main
+from train.solver import build_optimizer
 
 # The learned temperature and the fp16 scaler have state of their own to get lost.
 STATEFUL = ["DISTILLER.LEARNED_TEMPERATURE", "true", "SOLVER.AMP", "fp16", "SOLVER.LR_DECAY_STAGES", "[2, 3]"]
@@ -208,6 +210,43 @@ def test_generator_states_come_back(tmp_path):
     first = draw()
     set_generator_states(torch.load(tmp_path / "state.pth", weights_only=True))
     assert draw() == first
+
+
+def test_the_generator_of_one_gpu_comes_back_on_another(monkeypatch):
+    """Stored on the second of two GPUs, put back where there is one; CPU generators stand for the GPUs'."""
+
+    def gpus(count):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        monkeypatch.setattr(torch.cuda, "default_generators", generators)
+        return generators
+
+    monkeypatch.setattr(torch.cuda.random, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda.random, "_lazy_call", lambda call, **options: call())
+    used = gpus(2)[1]
+    states = generator_states(torch.device("cuda", 1))
+    old = states | {"cuda": [generator.get_state() for generator in torch.cuda.default_generators]}  # all of them
+    first = torch.rand(3, generator=used)
+    set_generator_states(old, torch.device("cuda", 1))
+    assert torch.equal(torch.rand(3, generator=used), first)
+    (left,) = gpus(1)
+    set_generator_states(states, torch.device("cuda", 0))
+    assert torch.equal(torch.rand(3, generator=left), first)
+    set_generator_states(old, torch.device("cuda", 0))
+    assert torch.equal(left.get_state(), old["cuda"][0])
+    set_generator_states(states, CPU.device)
+
+
+def test_a_run_of_a_cpu_goes_on_with_a_gpus_optimizer(tmp_path, teacher):
+    """The device "meta" stands for a GPU, beside whose weights the fused optimizer needs its step counts."""
+    config = tiny(tmp_path, teacher, "SOLVER.TYPE", "AdamW", "SOLVER.EPOCHS", "1")
+    state = final_state(train(config, CPU, quiet=True).folder)
+    solver = build_trainer(config, CPU).solver
+    parameters = [nn.Parameter(parameter.to("meta")) for parameter in solver.parameters]
+    solver.optimizer = build_optimizer(config, parameters, torch.device("cuda"), graphs=True)
+    solver.load(state)
+    (group,) = solver.optimizer.param_groups
+    assert group["fused"] and group["capturable"]
+    assert {solver.optimizer.state[parameter]["step"].device.type for parameter in parameters} == {"meta"}
 
 
 @pytest.mark.slow

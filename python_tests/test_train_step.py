@@ -35,6 +35,7 @@ from train.experiment import train, train_together
 from train.graphs import Graphed
 from train.guard import NonFiniteLoss
 from train.run import main
+from train.solver import build_optimizer
 
 VARIANTS = {
     "KD": [],
@@ -271,6 +272,38 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(monkeypatch):
         for _ in range(5):
             graphed(64)
     assert recorded.log == [(64,)] * 3 + ["capture", recorded.clone_state()] + [(64,)] * 2
+
+
+def test_a_step_that_fails_leaves_the_schedules_learning_rate(tmp_path, teacher, monkeypatch):
+    """After a failed capture the run goes on eagerly."""
+    solver = build_trainer(tiny(tmp_path, teacher), CPU).solver
+    solver._lr_on_device = torch.zeros(())  # as on a GPU
+
+    def fail(optimizer):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(solver.scaler, "step", fail)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        solver.step()
+    assert isinstance(solver.lr, float)
+
+
+@pytest.mark.parametrize("nesterov", ["false", "true"])
+def test_an_overflow_in_the_first_step_does_not_break_the_momentum(nesterov, tmp_path, teacher, poisoned_memory):
+    config = tiny(tmp_path, teacher, "SOLVER.AMP", "fp16", "SOLVER.NESTEROV", nesterov)
+    weights = {}
+    for kind in ("cpu", "cuda"):  # a GPU's optimizer, the fused one, takes a CPU's parameters too
+        weight = weights[kind] = nn.Parameter(torch.ones(5))
+        optimizer = build_optimizer(config, [weight], torch.device(kind), graphs=False)
+        assert bool(optimizer.param_groups[0]["fused"]) == (kind == "cuda")
+        scaler = torch.amp.GradScaler("cpu")
+        for gradient in (math.inf, 1.0, -2.0):
+            optimizer.zero_grad()
+            scaler.scale(weight.sum() * gradient).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    # The fused kernel rounds a product and a sum at once.
+    torch.testing.assert_close(weights["cuda"], weights["cpu"])
 
 
 def test_nothing_is_captured_on_a_cpu_or_when_switched_off(monkeypatch):

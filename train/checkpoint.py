@@ -90,22 +90,23 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def generator_states(*, on_gpus: bool = True) -> dict[str, Any]:
-    """The state of every random generator of this process, as tensors and plain values."""
+def generator_states(device: torch.device | None = None) -> dict[str, Any]:
+    """The states of the host's random generators and, if it is a GPU, the `device`'s, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if on_gpus and torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device is not None and device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": random.getstate(),
     }
 
 
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Put back what `generator_states` returned."""
+def set_generator_states(states: dict[str, Any], device: torch.device | None = None) -> None:
+    """Put back what `generator_states` returned, perhaps for another device."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and device is not None and device.type == "cuda":
+        # Older checkpoints hold all GPUs' states, in order.
+        torch.cuda.set_rng_state(states["cuda"][min(device.index, len(states["cuda"]) - 1)], device)
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, numbers, gauss = states["python"]

@@ -152,7 +152,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints, *, quiet: bool, line: int
             _check_finite(row)
             history.append(row)
             row["best_top1"] = trainer.best["test_top1"]
-            generators = gather(generator_states(), world)
+            generators = gather(generator_states(world.device), world)
             if log is not None:
                 state = trainer.state()
                 state |= {"generators": generators, "config": config.model_dump(), "teacher": teacher}
@@ -235,7 +235,7 @@ def _go_on(trainer: Trainer, state: dict[str, Any]) -> None:
             f"{state['teacher']}, got {teacher_weights(trainer.config)} with {trainer.teacher.weights_digest}"
         )
     trainer.load(state)
-    set_generator_states(state["generators"][trainer.world.rank])
+    set_generator_states(state["generators"][trainer.world.rank], trainer.world.device)
 
 
 def _check_same(config: Config, state: dict[str, Any], world: World) -> None:

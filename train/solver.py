@@ -54,8 +54,10 @@ class Solver:
         lr = group["lr"]
         # The schedule and the checkpoints keep a float, which is the same on every device.
         group["lr"] = lr if self._lr_on_device is None else self._lr_on_device
-        self.scaler.step(self.optimizer)
-        group["lr"] = lr
+        try:
+            self.scaler.step(self.optimizer)
+        finally:  # a capture may fail in it, after which the run goes on eagerly
+            group["lr"] = lr
         self.scaler.update()
         if self.average is not None:
             self.average.update()
@@ -73,8 +75,9 @@ class Solver:
         """Go on from what `state` returned."""
         (group,) = self.optimizer.param_groups
         placement = {name: group[name] for name in _PLACEMENT if name in group}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0].update(placement)
+        # Before loading: by these flags torch chooses the device of AdamW's step counts.
+        groups = [saved | placement for saved in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
 
@@ -109,7 +112,13 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_gpu or None}
     if solver.TYPE == "AdamW":
         return torch.optim.AdamW(parameters, **options, capturable=on_gpu and graphs)
-    return torch.optim.SGD(parameters, **options, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    optimizer = torch.optim.SGD(parameters, **options, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    if solver.MOMENTUM:
+        # The fused update allocates the momentum in its first step and, where a gradient overflowed, leaves it
+        # uninitialised. From zero the first step gives the same, the gradient, since nothing is dampened.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:

@@ -36,7 +36,7 @@ class Turn:
             set_generator_states(self._host)
         if self._stream is None:
             yield
-            self._host = generator_states(on_gpus=False)
+            self._host = generator_states()
             return
         # A captured graph draws from the state that was the generator's at its capture: so the states change places,
         # and none is written into another's.
@@ -48,7 +48,7 @@ class Turn:
         finally:
             self._own = self._generator.graphsafe_get_state()
             self._generator.graphsafe_set_state(others)
-            self._host = generator_states(on_gpus=False)
+            self._host = generator_states()
 
 
 def finish(steps: Generator[None, None, T]) -> T:
