@@ -12,7 +12,7 @@ namespace cuda {
 template <typename X>
 struct Vectors {
   using T = float;
-  static constexpr int W = kWidth<X>;
+  static constexpr int W = kWidth<X>, kAhead = 1;
   const Params<T>& p;
   unsigned first;  // vector
   int head, count;
@@ -35,8 +35,9 @@ struct Vectors {
   SORTKD_DEVICE const uint4* teacher4(unsigned g) const { return static_cast<const uint4*>(p.teacher) + (first + g); }
   SORTKD_DEVICE uint4* grad4(unsigned g) const { return static_cast<uint4*>(p.grad) + (first + g); }
   using Raw = uint4;
+  using RawT = uint4;
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4(g)), t = __ldcs(teacher4(g)); }
-  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { unpack<X>(raw, x); }
+  static SORTKD_DEVICE void unpacked(const Raw& s, const Raw& t, T* x, T* y) { unpack<X>(s, x), unpack<X>(t, y); }
   SORTKD_DEVICE const X* student_at(int c) const { return reinterpret_cast<const X*>(student4(0)) + (c + head); }
   SORTKD_DEVICE const X* teacher_at(int c) const { return reinterpret_cast<const X*>(teacher4(0)) + (c + head); }
   SORTKD_DEVICE T student(int c) const { return widened(*student_at(c)); }
@@ -50,7 +51,7 @@ struct Vectors {
 template <typename Number, bool kTopK>
 struct Mixed {
   using T = Number;
-  static constexpr int W = 1, head = 0;
+  static constexpr int W = 1, head = 0, kAhead = 3;  // with more, General spills
   const Params<T>& p;
   int64_t first;
   T absent;
@@ -61,13 +62,81 @@ struct Mixed {
   SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
   SORTKD_DEVICE int before() const { return 0; }
   SORTKD_DEVICE int after() const { return count; }
-  using Raw = T;
-  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = student(g), t = teacher(g); }
-  static SORTKD_DEVICE void unpacked(const Raw& raw, T* x) { *x = raw; }
+  using Raw = std::conditional_t<std::is_same_v<T, float>, unsigned, T>;
+  using RawT = Raw;
+  SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const int64_t at = first + static_cast<int>(g) * p.inner;
+      s = bits_at(p.student, p.student_dtype == Dtype::Float, at);
+      if constexpr (!kTopK) t = bits_at(p.teacher, p.teacher_dtype == Dtype::Float, at);
+    } else {
+      s = student(g), t = teacher(g);
+    }
+  }
+  SORTKD_DEVICE void unpacked(const Raw& s, const Raw& t, T* x, T* y) const {
+    if constexpr (std::is_same_v<T, float>) {
+      *x = number_of(s, p.student_dtype);
+      *y = kTopK ? absent : number_of(t, p.teacher_dtype);
+    } else {
+      *x = s, *y = t;
+    }
+  }
   SORTKD_DEVICE T student(int c) const { return element<T>(p.student, p.student_dtype, first + c * p.inner); }
   SORTKD_DEVICE T teacher(int c) const { return kTopK ? absent : element<T>(p.teacher, p.teacher_dtype, first + c * p.inner); }
   SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }
   SORTKD_DEVICE void put(int c, T grad) const { set_element(p.grad, p.student_dtype, first + c * p.inner, grad); }
+};
+
+// Rows of whole aligned vectors, of two dtypes; Y void: of a top-k teacher.
+template <typename X, typename Y>
+struct Whole {
+  using T = float;
+  static constexpr bool kTopK = std::is_void_v<Y>;
+  static constexpr int W = kTopK ? kWidth<X> : 4, head = 0, kAhead = 2;
+  using Raw = std::conditional_t<sizeof(X) * W == 16, uint4, uint2>;
+  using RawT = uint4;  // of floats
+  const Params<T>& p;
+  int64_t first;  // vector
+  T absent;
+  int count;
+
+  SORTKD_DEVICE Whole(const Params<T>& p, int64_t row) : p(p), first(row * (p.C / W)), absent(0), count(p.C / W) {}
+  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
+  SORTKD_DEVICE int before() const { return 0; }
+  SORTKD_DEVICE int after() const { return p.C; }
+  SORTKD_DEVICE const Raw* students() const { return static_cast<const Raw*>(p.student) + first; }
+  SORTKD_DEVICE const RawT* teachers() const { return static_cast<const RawT*>(p.teacher) + first; }
+  SORTKD_DEVICE Raw* grads() const { return static_cast<Raw*>(p.grad) + first; }
+  SORTKD_DEVICE void fetch(int g, Raw& s, RawT& t) const {
+    s = __ldcs(students() + g);
+    if constexpr (!kTopK) t = __ldcs(teachers() + g);
+  }
+  SORTKD_DEVICE void unpacked(const Raw& s, const RawT& t, T* x, T* y) const {
+    unpack<X>(s, x);
+    if constexpr (!kTopK) {
+      unpack<Y>(t, y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; ++i) y[i] = absent;
+    }
+  }
+  SORTKD_DEVICE T student(int c) const { return widened(reinterpret_cast<const X*>(students())[c]); }
+  SORTKD_DEVICE T teacher(int c) const {
+    if constexpr (kTopK)
+      return absent;
+    else
+      return reinterpret_cast<const Y*>(teachers())[c];
+  }
+  SORTKD_DEVICE void store(int g, const T* grad) const {
+    if constexpr (sizeof(Raw) == 16) {
+      grads()[g] = pack<X>(grad);
+    } else {
+      const T eight[8] = {grad[0], grad[1], grad[2], grad[3]};
+      const uint4 packed = pack<X>(eight);
+      grads()[g] = make_uint2(packed.x, packed.y);
+    }
+  }
+  SORTKD_DEVICE void put(int c, T grad) const { reinterpret_cast<X*>(grads())[c] = narrowed<X>(grad); }
 };
 
 // The gradient at the classes before `before` and from `after` on but the label, by f(class): classes that no thread

@@ -74,6 +74,18 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
   unsigned* const present = reinterpret_cast<unsigned*>(shared_memory() + p.present);
   BucketNotes<T>& notes = *reinterpret_cast<BucketNotes<T>*>(present + (C + 31) / 32 + (C + 31) / 32 % 2);
   T* const small = p.small + static_cast<int64_t>(blockIdx.x) * width;
+  // f(c, x) for the thread's classes, eight loads under way at a time.
+  const auto each = [&](auto&& at, auto&& f) {
+    constexpr int kAhead = 8;
+    for (int first = member; first < C; first += kAhead * size) {
+      T x[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j] = at(min(first + j * size, C - 1));
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (first + j * size < C) f(first + j * size, x[j]);
+    }
+  };
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t label = args.target[row];
     const bool counts = label != config.ignore_index;
@@ -114,8 +126,9 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
     // The classes outside; then also the k; the label apart.
     __syncthreads();
     LogSum<T> rest = LogSum<T>::none();
-    for (int c = member; c < C; c += size)
-      if (!(present[c / 32] >> (c % 32) & 1)) rest.add(at(c));
+    each(at, [&](int c, T x) {
+      if (!(present[c / 32] >> (c % 32) & 1)) rest.add(x);
+    });
     rest = group.merged(rest);
     const T reference = rest.sum == T(0) ? T(0) : rest.top;
     LogSum<T> others = member == 0 ? rest : LogSum<T>::none();
@@ -191,7 +204,7 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
     const auto ratio = [&](T a, T b) { return b == -kInfinity<T> ? T(0) : exp_of(a - b); };
     const T of_bucket = of_kd(k + 1), on_ce = notes.on_ce;
     const T factor = of_bucket * ratio(reference, log_bucket) + on_ce * ratio(reference, log_others);
-    for (int c = member; c < C; c += size) set(c, exp_of(at(c) - reference) * factor);
+    each(at, [&](int c, T x) { set(c, exp_of(x - reference) * factor); });
     __syncthreads();
     // The k and the label over it.
     for (int j = member; j < k; j += size)

@@ -302,6 +302,15 @@ SORTKD_DEVICE void unpack(const uint4& v, Acc<X>* values) {
   }
 }
 
+// Four values of 2 bytes.
+template <typename X>
+SORTKD_DEVICE void unpack(const uint2& v, float* values) {
+  float eight[8];
+  unpack<X>(make_uint4(v.x, v.y, 0, 0), eight);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i] = eight[i];
+}
+
 // The largest of so many vectors' values; NaN counts as none.
 template <typename X, int count>
 SORTKD_DEVICE float largest_of(const uint4* vectors) {
@@ -361,11 +370,31 @@ SORTKD_DEVICE uint4 pack(const Acc<X>* values) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Four or two bytes at an index, with no branch: several are under way at a time.
+SORTKD_DEVICE unsigned bits_at(const void* base, bool wide, int64_t i) {
+#if defined(__CUDA_ARCH__)
+  unsigned bits;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\n@p ld.global.b32 %0, [%2];\n@!p ld.global.u16 %0, [%2];\n}"
+               : "=r"(bits)
+               : "r"(static_cast<int>(wide)), "l"(static_cast<const char*>(base) + (i << (wide ? 2 : 1))));
+  return bits;
+#else
+  unsigned bits = 0;
+  memcpy(&bits, static_cast<const char*>(base) + (i << (wide ? 2 : 1)), wide ? 4 : 2);
+  return bits;
+#endif
+}
+SORTKD_DEVICE float number_of(unsigned bits, Dtype dtype) {
+  if (dtype == Dtype::Half) return widened(Half{static_cast<unsigned short>(bits)});
+  return __uint_as_float(bits << (dtype == Dtype::BFloat16 ? 16 : 0));
+}
+
 // One element of a dtype that only the call knows.
 template <typename T>
 SORTKD_DEVICE T element(const void* base, Dtype dtype, int64_t i) {
   if (dtype == Dtype::Float) return static_cast<T>(static_cast<const float*>(base)[i]);
   if (dtype == Dtype::BFloat16) return static_cast<T>(widened(static_cast<const BFloat16*>(base)[i]));
+  if constexpr (std::is_same_v<T, float>) return widened(static_cast<const Half*>(base)[i]);
   if (dtype == Dtype::Half) return static_cast<T>(widened(static_cast<const Half*>(base)[i]));
   return static_cast<T>(static_cast<const double*>(base)[i]);
 }
@@ -374,7 +403,8 @@ SORTKD_DEVICE void set_element(void* base, Dtype dtype, int64_t i, T x) {
   if (dtype == Dtype::Float) static_cast<float*>(base)[i] = static_cast<float>(x);
   if (dtype == Dtype::BFloat16) static_cast<BFloat16*>(base)[i] = narrowed<BFloat16>(x);
   if (dtype == Dtype::Half) static_cast<Half*>(base)[i] = narrowed<Half>(x);
-  if (dtype == Dtype::Double) static_cast<double*>(base)[i] = static_cast<double>(x);
+  if constexpr (std::is_same_v<T, double>)
+    if (dtype == Dtype::Double) static_cast<double*>(base)[i] = static_cast<double>(x);
 }
 
 }  // namespace cuda

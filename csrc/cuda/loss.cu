@@ -83,6 +83,16 @@ bool has_vectors(const LossArgs& args) {
          past_vector(args.student) == past_vector(args.teacher);
 }
 
+// Whole vectors (access.cuh) of rows that has_vectors() does not take.
+bool has_whole_vectors(const LossArgs& args) {
+  const int bytes = bytes_of(args.student_dtype), W = args.teacher_indices ? 16 / bytes : 4;
+  const bool two_dtypes = bytes == 2 && args.teacher_dtype == Dtype::Float;
+  return args.layout.inner == 1 && !args.acc_double() && args.layout.C % W == 0 && (args.teacher_indices || two_dtypes) &&
+         reinterpret_cast<uintptr_t>(args.student) % (W * bytes) == 0 &&
+         reinterpret_cast<uintptr_t>(args.grad_student) % (W * bytes) == 0 &&
+         (args.teacher_indices || past_vector(args.teacher) == 0);
+}
+
 Mode mode_of(const LossArgs& args) {
   const LossConfig& config = args.config;
   if (config.standardize || args.temperature || args.grad_temperature) return Mode::General;
@@ -118,10 +128,12 @@ struct Plan {
       vectors = shape.held > 0 || mode != Mode::General;
     } else if (args.layout.inner > 1 && C <= kMostColumnClasses && !args.teacher_indices && !args.acc_double()) {
       shape = choose_columns(C);
-      if (mode == Mode::KdCe) mode = Mode::General;
     } else {
       shape = choose_mixed(C);
-      mode = Mode::General;
+      if (!has_whole_vectors(args)) mode = Mode::General;
+      // Rows of two dtypes that the lanes of a warp can hold.
+      if (mode != Mode::General && !args.teacher_indices)
+        if (const Shape lanes = choose_vectors(rows, C, 4, true, true, d); lanes.kind == Kind::Lanes) shape = lanes;
     }
     if (!vectors && shape.kind == Kind::Block) shape = choose_mixed(C);
 
@@ -138,6 +150,7 @@ struct Plan {
     if (shape.kind == Kind::Block && most_listed > most_room) {
       if (args.teacher_indices) {
         in_device = true;
+        mode = Mode::General;  // whose lists may lie there
         blocks = static_cast<int>(std::min<int64_t>(blocks, most_lists));
       } else {
         overflows = true;

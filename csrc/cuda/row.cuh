@@ -76,15 +76,23 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // f(g, j): the thread's vectors, of those held in registers j-th.
-  template <typename F>
-  SORTKD_DEVICE void each(int end, F&& f) const {
+  // Vectors of a thread that are under way at a time.
+  static constexpr int kRaw = kHeld > 0 ? kHeld : A::kAhead;
+  // f(g, j): the thread's vectors, of those in registers j-th; then(g) after those from g on that are there at a time.
+  template <typename R, typename Q, typename F, typename G>
+  SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
     if constexpr (kHeld > 0) {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) f(group.member + group.size * j, j);
     } else {
 #pragma unroll 1
-      for (int g = group.member; g < end; g += group.size) f(g, 0);
+      for (int first = group.member; first < end; first += group.size * kRaw) {
+#pragma unroll
+        for (int j = 0; j < kRaw; ++j) access.fetch(min(first + group.size * j, access.count - 1), raw_s[j], raw_t[j]);
+#pragma unroll
+        for (int j = 0; j < kRaw; ++j) f(first + group.size * j, j);
+        then(first);
+      }
     }
   }
   // Without registers for them, in as little code as possible.
@@ -100,10 +108,10 @@ struct Row {
     }
   }
   SORTKD_DEVICE void load(int g, T* s, T* t) const {
-    typename A::Raw raw_s, raw_t;
+    typename A::Raw raw_s;
+    typename A::RawT raw_t;
     access.fetch(g, raw_s, raw_t);
-    A::unpacked(raw_s, s);
-    A::unpacked(raw_t, t);
+    access.unpacked(raw_s, raw_t, s, t);
   }
   SORTKD_DEVICE bool in_row(int c) const { return static_cast<unsigned>(c) < static_cast<unsigned>(p.C); }
   SORTKD_DEVICE bool is_other(int c) const { return counts && in_row(c) && c != y; }
@@ -251,8 +259,8 @@ struct Row {
   SORTKD_DEVICE void run(int64_t row, T count) {
     const int64_t label = here ? p.target[row] : p.config.ignore_index;
     // All loads are under way before the first is waited for. What is not of the row is read, too.
-    constexpr int kRaw = kHeld > 0 ? kHeld : 1;
-    typename A::Raw raw_s[kRaw], raw_t[kRaw];
+    typename A::Raw raw_s[kRaw];
+    typename A::RawT raw_t[kRaw];
     T threshold, temperature = p.temperature_value, inverse = p.inverse_temperature, top;
     MeanStd<T> statistics_s{}, statistics_t{};
     Sums<S, kSums> sums;
@@ -287,9 +295,16 @@ struct Row {
       }
       of_student.reference = ce_reference = student_label;
       of_teacher.reference = teacher_label;
+      if (kGeneral && p.config.standardize) {
+        // Near what the moments are taken about, and never far above the largest.
+        if (fabs(statistics_s.mean) < kInfinity<T>) of_student.reference = statistics_s.mean;
+        if (fabs(statistics_t.mean) < kInfinity<T>) of_teacher.reference = statistics_t.mean;
+        centred = true;
+      }
 
       // Sums of squares want small terms.
-      need = to_maxima = counts && (p.moments || !(fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>));
+      const bool finite = fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>;
+      need = to_maxima = counts && ((p.moments && !p.config.standardize) || !finite);
       top = teacher_label;
     };
     for (bool first = true;; first = false) {
@@ -313,11 +328,10 @@ struct Row {
       sums = {};
       Sums<T, kSums> some{};
       unsigned higher = 0;  // of the values held, those to be listed: a bit each
-      each(live, [&](int g, int j) {
+      int turn = 0;
+      const auto add = [&](int g, int j) {
         T sv[W], tv[W];
-        if constexpr (kHeld == 0) access.fetch(g, raw_s[0], raw_t[0]);
-        A::unpacked(raw_s[j], sv);
-        A::unpacked(raw_t[j], tv);
+        access.unpacked(raw_s[j], raw_t[j], sv, tv);
         // What is not of the row, the label, and what is on the list adds nothing.
         T largest = tv[0];
 #pragma unroll
@@ -331,8 +345,11 @@ struct Row {
             higher |= high ? 1u << (j * W + i) : 0;
           }
         }
-        if (is_present(g)) *tv = kLowest;
-        if constexpr (kHeld == 0) list_classes(g, higher);
+        if constexpr (kTopK) {
+          const unsigned there = present()[min(g, access.count - 1) * W / 32] >> (g * W % 32);
+#pragma unroll
+          for (int i = 0; i < W; ++i) tv[i] = there >> i & 1 ? kLowest : tv[i];
+        }
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           const T u = of_student(sv[i]), v = of_teacher(tv[i]);
@@ -343,11 +360,16 @@ struct Row {
           if constexpr (kGeneral)
             if (e != T(0)) some.of[4] = fma(e, u, some.of[4]);
         }
-        if (kGeneral && kHeld == 0 && g / group.size % 16 == 15) {
+      };
+      const auto then = [&](int g) {
+        if (!kTopK) list_classes(g, higher);
+        if (kGeneral && (turn += kRaw * W) >= 16) {
           add_to(sums, some);
           some = {};
+          turn = 0;
         }
-      });
+      };
+      each(live, raw_s, raw_t, add, then);
       if constexpr (!kTopK) {
         if constexpr (kHeld > 0) list_classes(group.member, higher);
         group.sync();
@@ -392,7 +414,7 @@ struct Row {
   }
 
   SORTKD_DEVICE void finish(int64_t row, T temperature, T inverse, const Sums<S, kSums>& sums, T top,
-                            const MeanStd<T>& statistics, T count, const typename A::Raw* raw_s, const typename A::Raw* raw_t) {
+                            const MeanStd<T>& statistics, T count, typename A::Raw* raw_s, typename A::RawT* raw_t) {
     T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
     weight /= count;
     T kd, ce;
@@ -449,15 +471,15 @@ struct Row {
         });
       group.sync();
     }
-    each(access.count, [&](int g, int j) {
+    const auto write = [&](int g, int j) {
       T grads[W], sv[W], tv[W];
-      if constexpr (kHeld == 0) load(g, sv, tv);
-      if constexpr (kHeld > 0) A::unpacked(raw_s[j], sv), A::unpacked(raw_t[j], tv);
+      access.unpacked(raw_s[j], raw_t[j], sv, tv);
 #pragma unroll
       for (int i = 0; i < W; ++i)
         grads[i] = counts ? gradient(power_of_two(of_student(sv[i])), power_of_two(of_teacher(tv[i])), sv[i]) : T(0);
       if (here && !p.scalar_grads && access.inner(g)) access.store(g, grads);
-    });
+    };
+    each(access.count, raw_s, raw_t, write, [](int) {});
     if (here)
       put_edges(access, group, p.C, max(access.before(), p.scalar_grads), max(access.after(), p.scalar_grads), counts ? y : -1,
                 [&](int c) {

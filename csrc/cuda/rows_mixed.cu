@@ -1,5 +1,5 @@
-// The kernels of all other rows, read from memory twice a class at a time: doubles, two dtypes, classes that lie apart
-// in long rows, top-k teachers, and rows whose list is in device memory.
+// The kernels of all other rows: of two dtypes and of top-k teachers in whole vectors; and, read from memory twice a class
+// at a time, doubles, what has no whole vectors, classes that lie apart, and rows whose list is in device memory.
 #include "row.cuh"
 
 namespace sortkd {
@@ -7,14 +7,33 @@ namespace cuda {
 
 template <typename T>
 cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
-  if constexpr (std::is_same_v<T, float>)
-    if (shape.kind == Kind::Columns)
-      return launch_kernel(mode == Mode::Kd ? sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::Kd, false>
-                                            : sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, false>,
-                           launch, p, stream);
-  return launch_kernel(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, true>
-                                         : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, false>,
-                       launch, p, stream);
+  const auto run = [&](void (*kernel)(Params<T>)) { return launch_kernel(kernel, launch, p, stream); };
+  if constexpr (std::is_same_v<T, float>) {
+    const auto hot = [&](auto kd_kernel, auto kd_ce_kernel) { return run(mode == Mode::Kd ? kd_kernel : kd_ce_kernel); };
+    using M = Mixed<T, false>;
+    if (shape.kind == Kind::Columns && mode != Mode::General)
+      return hot(sort_kd_rows<M, Kind::Columns, 0, Mode::Kd, false>, sort_kd_rows<M, Kind::Columns, 0, Mode::KdCe, false>);
+    if (shape.kind == Kind::Columns) return run(sort_kd_rows<M, Kind::Columns, 0, Mode::General, false>);
+    const auto top_k = [&](auto x) {
+      using V = Whole<decltype(x), void>;
+      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, true>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, true>);
+    };
+    const auto two_dtypes = [&](auto x) {
+      using V = Whole<decltype(x), float>;
+      constexpr int kMost = kValuesHeld / V::W;
+      if (shape.kind == Kind::Lanes)
+        return hot(sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, false>,
+                   sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, false>);
+      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
+    };
+    if (mode != Mode::General && p.teacher_indices)
+      return p.student_dtype == Dtype::Float  ? top_k(float{})
+             : p.student_dtype == Dtype::Half ? top_k(Half{})
+                                              : top_k(BFloat16{});
+    if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
+  }
+  return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, true>
+                               : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, false>);
 }
 
 template cudaError_t launch_mixed<float>(const Shape&, Mode, const Launch&, const Params<float>&, cudaStream_t);

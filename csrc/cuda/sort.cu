@@ -94,6 +94,10 @@ __global__ void __launch_bounds__(kScaleThreads) sort_kd_scale(const X* grad, X*
 
 namespace {
 
+int threads_of(int64_t C) {
+  return overrides.threads ? overrides.threads : std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kSortThreads);
+}
+
 template <typename X>
 struct SortPlan {
   int room, blocks, overflow_blocks;
@@ -105,7 +109,8 @@ struct SortPlan {
     const int64_t most = std::max<int64_t>(args.C - 1, 1), most_room = overrides.list_room ? overrides.list_room : kListRoom;
     room = static_cast<int>(std::min(most, most_room));
     blocks = static_cast<int>(
-        std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 4, 1, std::max<int64_t>(args.rows, 1)));
+        std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 2048 / threads_of(args.C), 1,
+                            std::max<int64_t>(args.rows, 1)));
     list_bytes = 2 * most * static_cast<int64_t>(sizeof(Entry<Acc<X>>));
     overflow_blocks = 0;
     if (most <= room || args.correction == Correction::None) return;
@@ -121,8 +126,7 @@ template <typename X>
 cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   const SortPlan<X> plan(args, scratch);
   if (args.rows == 0) return cudaSuccess;
-  const int threads =
-      overrides.threads ? overrides.threads : std::clamp(power_of_two_over(ceil_div(args.C, 8)), 64, kSortThreads);
+  const int threads = threads_of(args.C);
   SortParams p{args.rows,    static_cast<int>(args.C), args.correction,
                args.target,  args.ignore_index,        {0, 16, 16, 0, 0, plan.room, nullptr, 0},
                plan.overflow};
