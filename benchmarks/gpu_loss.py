@@ -29,8 +29,9 @@ from workloads import TEMPERATURE, Inputs
 F32, BF16 = torch.float32, torch.bfloat16
 COPY, CE, LIGER = "copy", "F.cross_entropy", "KD Liger"
 OURS = ("native", "triton")
+ALL = "all"  # the provider of a case that ended as a whole
 SLICE_S = 0.02  # of one provider's turn
-FEW_ELEMENTS, REPEATS = 1 << 21, 16  # a replay of less work than this repeats it: its own launch takes microseconds
+FEW_ELEMENTS, REPEATS = 1 << 24, 16  # a replay of no more work repeats it: its own launch takes 8 us of the host
 
 
 class Case(NamedTuple):
@@ -223,7 +224,7 @@ def run_case(name: str, found: list[Provider], device: torch.device, budget_s: f
                 t.problem = f"stopped: {_first_line(error)}"
         turns = [(t, replayed) for t, replayed in turns if not t.problem.startswith("stopped")]
         rounds += 1
-    copy = next((min(t.replays) for t in timed if t.provider.name == COPY and t.replays), None)
+    copy = next((Spread.of(t.replays).median for t in timed if t.provider.name == COPY and t.replays), None)
     rows = [_row(name, t, copy, device) for t in timed]
     for t in timed:
         t.provider.release()
@@ -245,7 +246,10 @@ def _row(name: str, t: Timed, copy: float | None, device: torch.device) -> Row:
     spread = Spread.of(t.replays) if t.replays else None
     memory = None
     if t.calls and t.provider.name.startswith(OURS):
-        memory = harness.peak_memory(t.provider, device)
+        try:
+            memory = harness.peak_memory(t.provider, device)
+        except Exception as error:
+            t.problem = t.problem or f"memory not measured: {_first_line(error)}"
     return Row(
         name,
         t.provider.name,
@@ -277,10 +281,10 @@ def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, str]) 
     calls = (*OURS, CE, peers.KD_COMPILED, peers.KD, peers.PAPER, LIGER)
     text = [
         "# The loss on a GPU", "", *(f"- {k}: {v}" for k, v in facts.items()), "",
-        "Forward and backward pass of one step, microseconds, medians. `copy` is `torch.add(s, t, out=o)`, the same "
-        "bytes. Logits stay where the step before left them, in the level 2 cache if they fit. The teacher is right on "
-        "80% of the rows, always, or is random. Each provider was checked against float64 before it was timed. The "
-        "peers of KD and CE correct nothing.",
+        "Forward and backward pass of one step, microseconds; medians, and ratios of medians. `copy` is "
+        "`torch.add(s, t, out=o)`, the same bytes. Logits stay where the step before left them, in the level 2 cache "
+        "if they fit. The teacher is right on 80% of the rows, always, or is random. Each provider was checked against "
+        "float64 before it was timed. The peers of KD and CE correct nothing.",
         "", "## Replayed as a CUDA graph", "",
         *table(["N x C", *replays], [[str(c), *(cell(str(c), p, "replay_us") for p in replays)] for c in cases]),
         "", "## Called eagerly", "",
@@ -305,7 +309,11 @@ def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, str]) 
 
 
 def main(device: torch.device, output: Path, facts: dict[str, str], *, quick: bool, only: str, budget_s: float) -> int:
-    """Time everything, write `bench_loss.csv` and `.md`; the number of cells of this package that failed."""
+    """Time everything, write `bench_loss.csv` and `.md`; the number of cells of this package that failed.
+
+    The files are written after every case, so that one that hangs leaves those before it. A case that raises has a row
+    that says so, and the next one follows, unless the device is lost.
+    """
     rehearsal = device.type != "cuda"
     cases = DRY_CASES if rehearsal else QUICK_CASES if quick else CASES
     builds: list[tuple[str, Callable[[], list[Provider]]]] = [(str(c), lambda c=c: providers(c, device)) for c in cases]
@@ -314,13 +322,34 @@ def main(device: torch.device, output: Path, facts: dict[str, str], *, quick: bo
     builds.append((f"dense {'x'.join(map(str, image))}", lambda: dense(device, image)))
     rows: list[Row] = []
     for name, build in (x for x in builds if re.search(only, x[0])):
-        rows += run_case(name, build(), device, budget_s)
+        try:
+            rows += run_case(name, build(), device, budget_s)
+        except Exception as error:
+            rows.append(Row(name, ALL, problem=f"did not end: {_first_line(error)}"))
+        if lost := _device_error(device):
+            rows.append(Row(name, ALL, problem=f"was the last, the device is lost: {lost}"))
+        _write(rows, cases, output, facts)
         for r in (r for r in rows if r.case == name):
             times = [f"{x:.3g}" if x is not None else "-" for x in (r.replay_us, r.call_us)]
             print(f"{name:32} {r.provider:22} replay {times[0]:>8} us, call {times[1]:>8} us  {r.problem}", flush=True)
+        if lost:
+            break
         gc.collect()
         if not rehearsal:
             torch.cuda.empty_cache()
+    return sum(bool(r.problem) and r.provider.startswith((*OURS, ALL)) for r in rows)
+
+
+def _device_error(device: torch.device) -> str:
+    """What every further call would meet after an error inside a kernel. A capture that failed leaves none."""
+    try:
+        mark(device)
+    except Exception as error:
+        return _first_line(error)
+    return ""
+
+
+def _write(rows: Sequence[Row], cases: Sequence[Case], output: Path, facts: dict[str, str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with (output / "bench_loss.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
@@ -328,4 +357,3 @@ def main(device: torch.device, output: Path, facts: dict[str, str], *, quick: bo
         for r in rows:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
     (output / "bench_loss.md").write_text(markdown(rows, cases, facts))
-    return sum(bool(r.problem) and r.provider.startswith(OURS) for r in rows)

@@ -167,6 +167,7 @@ def peak_memory(provider: Provider, device: torch.device) -> float:
     Under ``torch.no_grad()`` without the backward pass. From the allocator's own record: on the CPU the profiler's
     allocation events, on CUDA ``max_memory_allocated``.
     """
+    provider.release()  # the last call's gradient, which `run` frees, is no part of what is there before
     unit = provider.elements * (provider.leaves[0] if provider.leaves else provider.run()).element_size()
     if device.type == "cuda":
         torch.cuda.synchronize()

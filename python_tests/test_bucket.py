@@ -80,7 +80,8 @@ def naive_row(s, values, indices, label, T, correction):
     full = reference.correct_logits(full[None], torch.tensor([label]), correction)[0]
     full[[c for c in absent if c != label or label in of_class]] = share
     bucket = [c for c in absent if c != label or correction == "none"]
-    groups = [[c] for c in range(C) if c not in bucket] + [bucket]
+    inside = set(bucket)
+    groups = [[c] for c in range(C) if c not in inside] + [bucket]
     s_groups, t_groups = merged(s, groups), merged(full, groups)
     if correction == "none" and absent:  # all of what is left, whoever holds it
         t_groups[-1] = math.log(left) if left else -math.inf

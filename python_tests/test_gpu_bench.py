@@ -1,4 +1,4 @@
-"""The loss benchmark's bookkeeping on a GPU, rehearsed on the CPU: nothing here is a time.
+"""The benchmarks' bookkeeping on a GPU, rehearsed on the CPU: nothing here is a time.
 
 Whether a capture succeeds shows on a GPU only.
 """
@@ -6,6 +6,7 @@ Whether a capture succeeds shows on a GPU only.
 from __future__ import annotations
 
 import csv
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import sortkd_kernels
+from train.data import ArrayData, ArrayLoader, BatchPlan
 
 BENCHMARKS = Path(sortkd_kernels.__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -74,6 +76,63 @@ def test_a_failing_provider_keeps_to_its_cell(modules, monkeypatch, tmp_path):
     assert rows["no graph"].problem.endswith("previous error during capture")
     assert rows["no graph"].call_us > 0 and rows["no graph"].replay_us is None
     assert rows["native"].problem == "" and rows["native"].replay_us > 0
+
+
+@pytest.mark.parametrize("lost", (False, True))
+def test_a_failing_case_leaves_the_others(modules, monkeypatch, tmp_path, lost):
+    """Where it raises, the next one follows; where it ends the device, what was written before stays."""
+    gpu_loss, _, _ = modules
+    one, other = gpu_loss.DRY_CASES[:2]
+    monkeypatch.setattr(gpu_loss, "DRY_CASES", (one, other, one._replace(rows=7)))
+    providers = gpu_loss.providers
+
+    def failing(case, device):
+        if case is other:
+            if lost:
+                monkeypatch.setattr(gpu_loss, "mark", raises)
+            raises()
+        return providers(case, device)
+
+    def raises(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more words")
+
+    monkeypatch.setattr(gpu_loss, "providers", failing)
+    assert gpu_loss.main(CPU, tmp_path, {}, quick=False, only="float", budget_s=0.0) == 1 + lost
+    rows = list(csv.DictReader((tmp_path / "bench_loss.csv").open()))
+    assert {r["case"] for r in rows} == {str(one), str(other)} | ({"7x10 float32"} if not lost else set())
+    said = [r["problem"] for r in rows if r["case"] == str(other)]
+    assert said[0] == "did not end: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [x.partition(":")[0] for x in said[1:]] == ["was the last, the device is lost"] * lost
+    assert said[0] in (tmp_path / "bench_loss.md").read_text()
+
+
+def test_memory_counts_a_gradient(modules, monkeypatch):
+    """Also after a turn, which leaves the last one where it is; an allocator that holds gradients alone says so."""
+    gpu_loss, peers, workloads = modules
+    provider = peers.fused("native", workloads.make(6, 10), "native")
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: sum(x.grad.nbytes for x in provider.leaves if x.grad is not None))
+    provider.run()
+    assert gpu_loss.harness.peak_memory(provider, torch.device("cuda")) == 1.0
+
+
+def test_whole_steps(modules):
+    """Loops that take turns; a trainer's step that was not captured on a GPU has no verdict."""
+    bench_step = importlib.import_module("bench_step")
+    images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
+    data = ArrayData(images, torch.zeros(12, dtype=torch.long), bench_step.CIFAR_MEAN, bench_step.CIFAR_STD)
+    plan = BatchPlan(12, 2, shuffle=True, seed=0)
+    names = bench_step.PAIRS[1]
+    wholes, problems = bench_step.whole_steps(
+        names, lambda: ArrayLoader(data, plan, device=CPU, padding=4, flip=True), 2
+    )
+    assert {name: s.runs for name, s in wholes.items()} == {bench_step.PLAIN: 2, bench_step.TRAINER: 2} and not problems
+    times = dict.fromkeys(bench_step.PHASES, wholes[bench_step.PLAIN])
+    for problem in ("", "not captured"):
+        text = bench_step.markdown(bench_step.rows_of("a->b", times, wholes, {bench_step.TRAINER: problem}), {})
+        assert ("**not captured**" in text) == bool(problem)
 
 
 def test_peers_have_leaves_of_their_own(modules):

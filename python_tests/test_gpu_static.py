@@ -116,6 +116,15 @@ def test_cuda_kernels(cuda_kernels, limits):
         assert kernel.count("LDGSTS") >= limits.vectors, "logits on their way to shared memory"
 
 
+def test_rows_that_are_read_twice_leave_room_for_warps(cuda_kernels):
+    """Of two dtypes, or beside a top-k teacher: at 104 registers a processor has 19 warps to wait for memory."""
+    found = [k for k in cuda_kernels if re.search("sort_kd_rowsI.*WholeI.*KindE1", k.name)]
+    assert len(found) == 10
+    for kernel in found:
+        assert kernel.registers <= 104, kernel.name
+        assert any(x.opcode.startswith("LDG") and x.wide for x in kernel.code), kernel.name
+
+
 # In this process Triton interprets, so that another one compiles; rows enough for the kernels of large batches.
 COMPILE = """
 import sys, torch

@@ -35,7 +35,7 @@ ARROWS = {
 THIRD_PARTY = {"backends": {"torch"}, "backends.triton": {"torch", "triton"}}
 STANDARD = {
     "__future__", "collections", "functools", "importlib", "itertools", "json", "math", "numbers", "os", "pathlib",
-    "platform", "re", "subprocess", "sys", "tempfile", "time", "typing", "warnings",
+    "platform", "re", "subprocess", "sys", "tempfile", "threading", "time", "typing", "warnings",
 }  # fmt: skip
 
 # Header or source of csrc: the files of csrc that it may include. ops.h is the bridge between schemas, autograd and

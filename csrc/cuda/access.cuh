@@ -51,7 +51,7 @@ struct Vectors {
 template <typename Number, bool kTopK>
 struct Mixed {
   using T = Number;
-  static constexpr int W = 1, head = 0, kAhead = 3;  // with more, General spills
+  static constexpr int W = 1, head = 0, kAhead = 4;
   const Params<T>& p;
   int64_t first;
   T absent;

@@ -76,8 +76,8 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // Vectors of a thread that are under way at a time.
-  static constexpr int kRaw = kHeld > 0 ? kHeld : A::kAhead;
+  // Vectors of a thread that are under way at a time. The general kernel would spill more.
+  static constexpr int kRaw = kHeld > 0 ? kHeld : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
   // f(g, j): the thread's vectors, of those in registers j-th; then(g) after those from g on that are there at a time.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
