@@ -132,7 +132,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       return {Kind::Block, most_held, 1, threads, cluster, 1};
   }
   // Two vectors a thread while that fills whole warps.
-  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, kMostRowBlock);
+  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, general ? kMixedBlock : kMostRowBlock);
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }

@@ -125,7 +125,6 @@ struct Plan {
     if (vectors) {
       aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
       shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode == Mode::General, d);
-      vectors = shape.held > 0 || mode != Mode::General;
     } else if (args.layout.inner > 1 && C <= kMostColumnClasses && !args.teacher_indices && !args.acc_double()) {
       shape = choose_columns(C);
     } else {
@@ -135,7 +134,6 @@ struct Plan {
       if (mode != Mode::General && !args.teacher_indices)
         if (const Shape lanes = choose_vectors(rows, C, 4, true, true, d); lanes.kind == Kind::Lanes) shape = lanes;
     }
-    if (!vectors && shape.kind == Kind::Block) shape = choose_mixed(C);
 
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
