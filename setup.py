@@ -128,7 +128,7 @@ def extension(architectures: list[int]) -> Extension:
     # Not a macro for nvcc too, which would take the commas for its own.
     arguments["extra_compile_args"]["cxx"].append(f"-DSORTKD_CUDA={','.join(map(str, architectures))}")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    # For devices in between and newer ones. A device takes no PTX of an architecture that it does not have.
+    # PTX for devices in between and newer ones. A device runs none that is newer than itself.
     codes += [
         f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({architectures[0], architectures[-1]})
     ]

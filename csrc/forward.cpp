@@ -164,7 +164,7 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   const auto as_acc = [&](const OptionalTensor& value, const char* name, const void*& pointer, int64_t& stride) {
     if (!value) return at::Tensor();
     check_beside(*value, name, student, value->dim() ? rows_shape : at::IntArrayRef());
-    const at::Tensor converted = value->to(acc.dtype()).contiguous();
+    const at::Tensor converted = value->to(acc.dtype()).contiguous().resolve_neg();
     pointer = converted.const_data_ptr();
     stride = converted.dim() ? 1 : 0;
     return converted;
@@ -232,7 +232,8 @@ at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Corr
   return corrected;
 }
 
-at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, bool keep) {
+at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& given, bool keep) {
+  const at::Tensor grad_output = given.resolve_neg();
 #if defined(SORTKD_CUDA) || defined(SORTKD_SIMT)
   const std::optional<Layout> layout = layout_of(grad);
   // The kernel looks at the scalar itself: the host would have to wait for it.

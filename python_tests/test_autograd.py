@@ -322,12 +322,21 @@ def test_tensors_whose_memory_is_not_their_own(backend, dtype):
     """A teacher or labels of a wrapper subclass, or negated lazily: never what lies at their address."""
     student, teacher, target = cases.make_rows(9, 12, (dtype, dtype))
 
-    def step(teacher, target):
-        leaf = student.clone().requires_grad_()
-        loss = fused_sort_kd(leaf, teacher, target, backend=backend)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    weight, upstream = torch.linspace(0.5, 2, 9), torch.tensor(-3.0)
 
-    want = step(teacher, target)
-    for others in ((Elsewhere(teacher), target), (teacher, Elsewhere(target)), (torch._neg_view(-teacher), target)):
-        for got, value in zip(step(*others), want, strict=True):
-            torch.testing.assert_close(got, value, rtol=1e-6, atol=0)
+    def step(teacher=teacher, target=target, weight=weight, upstream=upstream):
+        leaf = student.clone().requires_grad_()
+        loss = fused_sort_kd(leaf, teacher, target, row_weight=weight, reduction="sum", backend=backend)
+        return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
+
+    def negated(values):
+        return torch._neg_view(-values)
+
+    want = step()
+    for others in (
+        {"teacher": Elsewhere(teacher)}, {"target": Elsewhere(target)}, {"weight": Elsewhere(weight)},
+        {"teacher": negated(teacher)}, {"weight": negated(weight)}, {"upstream": negated(upstream)},
+    ):  # fmt: skip
+        for got, value in zip(step(**others), want, strict=True):
+            # Sums in another order, and their rounding to half.
+            torch.testing.assert_close(got, value, rtol=2e-6 if dtype == F32 else 2**-9, atol=1e-9)

@@ -118,7 +118,7 @@ def test_cuda_kernels(cuda_kernels, limits):
 
 def test_rows_that_are_read_twice_leave_room_for_warps(cuda_kernels):
     """Of two dtypes, or beside a top-k teacher: at 104 registers a processor has 19 warps to wait for memory."""
-    found = [k for k in cuda_kernels if re.search("sort_kd_rowsI.*WholeI.*KindE1", k.name)]
+    found = [k for k in cuda_kernels if re.search("sort_kd_rowsI.*WholeVectorsI.*KindE1", k.name)]
     assert len(found) == 10
     for kernel in found:
         assert kernel.registers <= 104, kernel.name

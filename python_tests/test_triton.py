@@ -400,6 +400,15 @@ def test_a_call_that_ends_between_the_launches(monkeypatch, two_launches):
     assert all(torch.equal(x, y) for x, y in zip(run(*inputs), want, strict=True))
 
 
+def test_counters_are_zeroed_where_they_count(monkeypatch):
+    """Those of another stream, or thread, may still be waiting to be zeroed there."""
+    blocks = set()
+    for ident in (-1, -2):
+        monkeypatch.setattr(threading, "get_ident", lambda i=ident: i)
+        blocks.add(launch._tickets(torch.device("cpu"), False).untyped_storage().data_ptr())
+    assert len(blocks) == 2
+
+
 def test_a_trace_keeps_no_memory():
     """In a graph of torch.compile's, what a call kept would lie in the graph's memory."""
     *logits, target = make(4, 9, "few")

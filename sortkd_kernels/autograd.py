@@ -102,7 +102,7 @@ def forward(
     options = config
     if row_scale is not None:
         grad_output, options = row_scale, config._replace(reduction=0)
-    if kernels.forward is None or not _has_values(*tensors):
+    if kernels.forward is None or not _has_values(*tensors, grad_output):
         results = kernels.op(*tensors, *options, grad_output, grad_student, grad_temperature)
     else:
         if inplace:
@@ -119,7 +119,7 @@ def forward(
 
 
 def _scaled(kernels: Kernels, grad: Tensor, grad_output: Tensor) -> Tensor:
-    if kernels.scale is None or not _has_values(grad):
+    if kernels.scale is None or not _has_values(grad, grad_output):
         return (grad * (grad_output.unsqueeze(-1) if grad_output.dim() else grad_output)).to(grad.dtype)
     # Unless the graph is kept, nobody reads the buffer again.
     return kernels.scale(grad.clone() if keeps_graph() else grad, grad_output)

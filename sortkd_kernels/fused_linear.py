@@ -380,8 +380,7 @@ def _walk(
     hidden, weight = hidden.detach(), weight.detach().to(hidden.dtype)
     if wanted[0]:
         # Ranks add up memory: it must have one order on all of them.
-        inplace = call.inplace and (call.group is None or hidden.is_contiguous())
-        grad_hidden = hidden if inplace else torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        grad_hidden = hidden if call.inplace else torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if wanted[2]:
         grad_bias = hidden.new_zeros(weight.shape[0], dtype=ops.arithmetic(hidden))
     parts, by_temperature = [], []
@@ -439,16 +438,17 @@ def _wide_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, added: bool) -> None:
     """``total += a @ b``, or ``total = a @ b`` where nothing is ``added`` to; the sum is in the dtype of ``total``."""
+    widens = _widens(a, total.dtype)
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=int(added))
-    elif _widens(a, total.dtype) and not torch.compiler.is_compiling():
+    elif widens and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=int(added), out=total)
     else:
-        step = total.shape[0] if _widens(a, total.dtype) else _widened_rows(total, total.itemsize * b.shape[1])
+        step = total.shape[0] if widens else _widened_rows(total, total.itemsize * b.shape[1])
         for first in range(0, total.shape[0], step):
             rows, part = a[first : first + step], total[first : first + step]
             # Inductor has no sum with a product of another dtype.
-            product = torch.mm(rows, b, out_dtype=total.dtype) if _widens(a, total.dtype) else rows @ b
+            product = torch.mm(rows, b, out_dtype=total.dtype) if widens else rows @ b
             part.add_(product) if added else part.copy_(product)
 
 

@@ -12,7 +12,7 @@ namespace cuda {
 template <typename X>
 struct Vectors {
   using T = float;
-  static constexpr int W = kWidth<X>, kAhead = 1;
+  static constexpr int W = kWidth<X>, kAhead = 1;  // vectors of a thread that are under way at a time
   const Params<T>& p;
   unsigned first;  // vector
   int head, count;
@@ -35,7 +35,7 @@ struct Vectors {
   SORTKD_DEVICE const uint4* teacher4(unsigned g) const { return static_cast<const uint4*>(p.teacher) + (first + g); }
   SORTKD_DEVICE uint4* grad4(unsigned g) const { return static_cast<uint4*>(p.grad) + (first + g); }
   using Raw = uint4;
-  using RawT = uint4;
+  using RawTeacher = uint4;
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const { s = __ldcs(student4(g)), t = __ldcs(teacher4(g)); }
   static SORTKD_DEVICE void unpacked(const Raw& s, const Raw& t, T* x, T* y) { unpack<X>(s, x), unpack<X>(t, y); }
   SORTKD_DEVICE const X* student_at(int c) const { return reinterpret_cast<const X*>(student4(0)) + (c + head); }
@@ -63,7 +63,7 @@ struct Mixed {
   SORTKD_DEVICE int before() const { return 0; }
   SORTKD_DEVICE int after() const { return count; }
   using Raw = std::conditional_t<std::is_same_v<T, float>, unsigned, T>;
-  using RawT = Raw;
+  using RawTeacher = Raw;
   SORTKD_DEVICE void fetch(unsigned g, Raw& s, Raw& t) const {
     if constexpr (std::is_same_v<T, float>) {
       const int64_t at = first + static_cast<int>(g) * p.inner;
@@ -89,29 +89,29 @@ struct Mixed {
 
 // Rows of whole aligned vectors, of two dtypes; Y void: of a top-k teacher.
 template <typename X, typename Y>
-struct Whole {
+struct WholeVectors {
   using T = float;
   static constexpr bool kTopK = std::is_void_v<Y>;
   static constexpr int W = kTopK ? kWidth<X> : 4, head = 0, kAhead = 2;
   using Raw = std::conditional_t<sizeof(X) * W == 16, uint4, uint2>;
-  using RawT = uint4;  // of floats
+  using RawTeacher = uint4;  // of floats
   const Params<T>& p;
   int64_t first;  // vector
   T absent;
   int count;
 
-  SORTKD_DEVICE Whole(const Params<T>& p, int64_t row) : p(p), first(row * (p.C / W)), absent(0), count(p.C / W) {}
+  SORTKD_DEVICE WholeVectors(const Params<T>& p, int64_t row) : p(p), first(row * (p.C / W)), absent(0), count(p.C / W) {}
   SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
   SORTKD_DEVICE int before() const { return 0; }
   SORTKD_DEVICE int after() const { return p.C; }
   SORTKD_DEVICE const Raw* students() const { return static_cast<const Raw*>(p.student) + first; }
-  SORTKD_DEVICE const RawT* teachers() const { return static_cast<const RawT*>(p.teacher) + first; }
+  SORTKD_DEVICE const RawTeacher* teachers() const { return static_cast<const RawTeacher*>(p.teacher) + first; }
   SORTKD_DEVICE Raw* grads() const { return static_cast<Raw*>(p.grad) + first; }
-  SORTKD_DEVICE void fetch(int g, Raw& s, RawT& t) const {
+  SORTKD_DEVICE void fetch(int g, Raw& s, RawTeacher& t) const {
     s = __ldcs(students() + g);
     if constexpr (!kTopK) t = __ldcs(teachers() + g);
   }
-  SORTKD_DEVICE void unpacked(const Raw& s, const RawT& t, T* x, T* y) const {
+  SORTKD_DEVICE void unpacked(const Raw& s, const RawTeacher& t, T* x, T* y) const {
     unpack<X>(s, x);
     if constexpr (!kTopK) {
       unpack<Y>(t, y);

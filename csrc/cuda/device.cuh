@@ -184,7 +184,7 @@ SORTKD_DEVICE void store_in_block(V* place, const V& value, unsigned rank) {
 }
 
 // An mbarrier of one arrival: a phase of it is over when its block has said how many bytes the cluster's blocks send to
-// their places, and these have come. What was sent to it is there then, and nothing else: there is no barrier of all
+// their places, and these have come. What was sent with it is there then, and nothing else: there is no barrier of all
 // threads and no fence, which would wait for the gradient's stores too.
 using Mbarrier = uint64_t;
 SORTKD_DEVICE void mbarrier_init(Mbarrier* barrier) {

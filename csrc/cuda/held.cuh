@@ -414,7 +414,7 @@ struct HeldRows {
       for (bool completed = false;; completed = true) {
         if (group.leads()) {
           make_terms();
-          // The other warps have had the row before, or their part of these sums would not be there.
+          // No warp still reads the row before's: each sent its part of these sums after it had.
           if (threadIdx.x == 0) posted = {on, whole.fix, whole.slow, whole.sums};
         }
         __syncthreads();

@@ -76,9 +76,9 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // Vectors of a thread that are under way at a time. The general kernel would spill more.
+  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many.
   static constexpr int kRaw = kHeld > 0 ? kHeld : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
-  // f(g, j): the thread's vectors, of those in registers j-th; then(g) after those from g on that are there at a time.
+  // f(g, j): vector g of the thread, in raw_s[j] and raw_t[j]; then(first) after every kRaw of them.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
     if constexpr (kHeld > 0) {
@@ -109,7 +109,7 @@ struct Row {
   }
   SORTKD_DEVICE void load(int g, T* s, T* t) const {
     typename A::Raw raw_s;
-    typename A::RawT raw_t;
+    typename A::RawTeacher raw_t;
     access.fetch(g, raw_s, raw_t);
     access.unpacked(raw_s, raw_t, s, t);
   }
@@ -260,7 +260,7 @@ struct Row {
     const int64_t label = here ? p.target[row] : p.config.ignore_index;
     // All loads are under way before the first is waited for. What is not of the row is read, too.
     typename A::Raw raw_s[kRaw];
-    typename A::RawT raw_t[kRaw];
+    typename A::RawTeacher raw_t[kRaw];
     T threshold, temperature = p.temperature_value, inverse = p.inverse_temperature, top;
     MeanStd<T> statistics_s{}, statistics_t{};
     Sums<S, kSums> sums;
@@ -296,7 +296,7 @@ struct Row {
       of_student.reference = ce_reference = student_label;
       of_teacher.reference = teacher_label;
       if (kGeneral && p.config.standardize) {
-        // Near what the moments are taken about, and never far above the largest.
+        // Near what the moments are taken about, and never above the largest.
         if (fabs(statistics_s.mean) < kInfinity<T>) of_student.reference = statistics_s.mean;
         if (fabs(statistics_t.mean) < kInfinity<T>) of_teacher.reference = statistics_t.mean;
         centred = true;
@@ -414,7 +414,7 @@ struct Row {
   }
 
   SORTKD_DEVICE void finish(int64_t row, T temperature, T inverse, const Sums<S, kSums>& sums, T top,
-                            const MeanStd<T>& statistics, T count, typename A::Raw* raw_s, typename A::RawT* raw_t) {
+                            const MeanStd<T>& statistics, T count, typename A::Raw* raw_s, typename A::RawTeacher* raw_t) {
     T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
     weight /= count;
     T kd, ce;

@@ -15,11 +15,11 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
       return hot(sort_kd_rows<M, Kind::Columns, 0, Mode::Kd, false>, sort_kd_rows<M, Kind::Columns, 0, Mode::KdCe, false>);
     if (shape.kind == Kind::Columns) return run(sort_kd_rows<M, Kind::Columns, 0, Mode::General, false>);
     const auto top_k = [&](auto x) {
-      using V = Whole<decltype(x), void>;
+      using V = WholeVectors<decltype(x), void>;
       return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, true>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, true>);
     };
     const auto two_dtypes = [&](auto x) {
-      using V = Whole<decltype(x), float>;
+      using V = WholeVectors<decltype(x), float>;
       constexpr int kMost = kValuesHeld / V::W;
       if (shape.kind == Kind::Lanes)
         return hot(sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, false>,

@@ -182,7 +182,7 @@ def plan(
 def logits_plan(
     N: int, C: int, strides: tuple[int, ...], dtype: torch.dtype, listed: bool, aligned: bool, device: torch.device
 ) -> tuple[Launch, Scratch]:
-    """A launch of the correction alone. On ROCm logits of less than 2 GiB, by their strides, have another kernel."""
+    """A launch of the correction alone. By `strides`: on ROCm, Triton has another kernel for tensors under 2 GiB."""
     work = arithmetic(dtype)
     warps = min(8, max(1, triton.next_power_of_2(C) // 256))
     capacity = C if listed else COUNTED.value

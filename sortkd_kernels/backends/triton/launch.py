@@ -57,7 +57,7 @@ def loss_forward(
             in the working precision, before the gradient's one rounding.
         grad_student, grad_temperature: which gradients to make.
         inplace: write the student's gradient over ``student``.
-        traced: keep no memory: in a graph of torch.compile's it would be the graph's.
+        traced: called from a graph of torch.compile's, in whose memory nothing may stay.
 
     Returns:
         ``loss, kd, ce, rank, grad_student, grad_temperature``; what is not asked for has shape ``[0]``.
@@ -242,16 +242,17 @@ def _tickets(device: torch.device, traced: bool) -> Tensor:
         return torch.zeros(1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
     if captured:
         return spare.pop()
-    if not spare:
-        block = torch.zeros(64, 1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
-        _BLOCKS.append(block)
-        spare.extend(block)
     if device.type == "cuda":
         stream = torch._C._cuda_getCurrentRawStream(index)
     key = index, stream, threading.get_ident()
     tickets = _TICKETS.get(key)
-    if tickets is None:
-        tickets = _TICKETS[key] = spare.pop()
+    if tickets is None or not spare:
+        # Zeroed on the stream that counts with them.
+        block = torch.zeros(64, 1 + MAX_GROUPS.value, dtype=torch.int32, device=device)
+        _BLOCKS.append(block)
+        own, *others = block
+        spare.extend(others)
+        tickets = _TICKETS.setdefault(key, own)
     return tickets
 
 
