@@ -76,6 +76,7 @@ CUDA = (
 )
 # The classes of the row and its dtype, then as above.
 TRITON = (
+    (101, "float32", Limits("sort_kd_short_rows", 4, 0, 136, 2900, 0, 0, 0)),
     (1000, "float32", Limits("sort_kd_short_rows", 4, 1000 / 32, 136, 3600, 50, 2.5, 16)),
     (1000, "bfloat16", Limits("sort_kd_short_rows", 2, 1000 / 32, 136, 3900, 60, 2.5, 8)),
     (32000, "float32", Limits("sort_kd_long_rows", 4, 0, 128, 3600, 0, 0, 4)),
@@ -133,13 +134,13 @@ from sortkd_kernels.backends.triton import offline
 from sortkd_kernels.ops import LossConfig
 target, folder = sys.argv[1:]
 cases = [offline.Case(C, getattr(torch, dtype)) for C in (1000, 32000) for dtype in ("float32", "bfloat16")]
-# What a training step launches for dense logits, beside which there is only the sort of large ranks.
+# Of rows that begin anywhere and of dense logits what takes all rows: beside it there is only the sort of large ranks.
 general = (("standardize", True),)
 dense = [(150, torch.float32, ()), (150, torch.float32, general), (1000, torch.float32, ()), (150, torch.float64, ())]
-cases += [offline.Case(*case, neighbours=True) for case in dense]
-for case in cases:
+first_alone = [offline.Case(101), *(offline.Case(*case, neighbours=True) for case in dense)]
+for case in cases + first_alone:
     for i, launch in enumerate(offline.launches(case, target, LossConfig, rows=64)):
-        if case.neighbours and i:
+        if case in first_alone and i:
             break
         name = f"{case.C}-{str(case.dtype)[6:]}-{launch.kernel.__name__}-{i}-{len(case.options)}"
         name += f"-{launch.launch.options['num_warps']}.cubin"

@@ -42,9 +42,9 @@ def ratio(a, b):
 
 @triton.jit(
     do_not_specialize=[
-        "student", "teacher", "indices", "target", "temperatures", "grad_output", "grad_student", "grad_temperature",
-        "loss", "kd", "ce", "rank", "marks", "N", "C", "k", "temperature_stride", "grad_output_stride", "ignore_index",
-        "parts", "with_grad", "learned", "apart",
+        "teacher", "indices", "target", "temperatures", "grad_output", "grad_temperature", "loss", "kd", "ce", "rank",
+        "N", "C", "k", "temperature_stride", "grad_output_stride", "ignore_index", "parts", "with_grad", "learned",
+        "apart",
     ]
 )  # fmt: skip
 def sort_kd_bucket(
@@ -52,9 +52,10 @@ def sort_kd_bucket(
     marks, N: tl.int32, C: tl.int32, k: tl.int32, temperature_stride: tl.int32, grad_output_stride: tl.int32,
     ignore_index: tl.int64, parts: tl.int32, with_grad: tl.int32, learned: tl.int32, apart: tl.int32,
     temperature: tl.float64, kd_weight: tl.float64, ce_weight: tl.float64,
-    WORK: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    WORK: tl.constexpr, K: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``program, program + programs, ...``. ``marks[:C]`` of a program are 0 before and after each row."""
+    C = C // ALIGN * ALIGN  # C, and the compiler knows what divides it
     program = tl.program_id(0)
     marks += program.to(tl.int64) * C
     places = tl.arange(0, K)[None, None, :]

@@ -188,22 +188,27 @@ def logits_plan(
     capacity = C if listed else COUNTED.value
     programs = _programs(N, warps, 8 * capacity * _buffers(work), device)
     registers = MOST_REGISTERS if listed else REGISTERS
-    launch = Launch(sort_kd_logits, programs, warps, registers, WORK=WORK[work], LISTED=listed, B=warps * 256)
+    align = math.gcd(16, C, strides[0]) if strides[1] == 1 else 0
+    constants = {"WORK": WORK[work], "LISTED": listed, "B": warps * 256, "ALIGN": align}
+    launch = Launch(sort_kd_logits, programs, warps, registers, **constants)
     return launch, Scratch(capacity, programs * capacity * _buffers(work), 0)
 
 
 @functools.lru_cache(maxsize=256)
-def bucket(N: int, C: int, k: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> tuple[Launch, int]:
+def bucket(
+    N: int, C: int, k: int, dtypes: tuple[torch.dtype, ...], aligned: tuple[bool, bool], device: torch.device
+) -> tuple[Launch, int]:
     """A launch of `sort_kd_bucket`, and its programs, each of which has C bytes of scratch.
 
     Args:
         dtypes: of student, teacher and indices.
+        aligned: whether student and gradient lie at multiples of 16 bytes.
     """
     work = arithmetic(*dtypes)
     block = min(LONG_BLOCK, max(128, triton.next_power_of_2(C)))
     warps = max(1, block // 256)
     programs = _programs(N, warps, C, device)
-    constants = {"WORK": WORK[work], "K": triton.next_power_of_2(k + 2), "B": block}
+    constants = {"WORK": WORK[work], "K": triton.next_power_of_2(k + 2), "B": block, "ALIGN": math.gcd(16, C)}
     return Launch(sort_kd_bucket, programs, warps, MOST_REGISTERS, **constants), programs
 
 
@@ -216,7 +221,7 @@ def scale(total: int, dtypes: tuple[torch.dtype, torch.dtype], aligned: bool, de
     """
     work = arithmetic(dtypes[0])
     programs = min(triton.cdiv(total, 4096), 4 * _processors(device))
-    return Launch(sort_kd_scale, programs, 8, WORK=WORK[work], BLOCK=4096)
+    return Launch(sort_kd_scale, programs, 8, WORK=WORK[work], BLOCK=4096, ALIGN=math.gcd(16, total))
 
 
 def _short(N: int, C: int, rows: Rows, vector: int, values: int, constants: dict[str, Any]) -> Launch:
@@ -234,7 +239,8 @@ def _short(N: int, C: int, rows: Rows, vector: int, values: int, constants: dict
         programs = N // rows.inner * triton.cdiv(rows.inner, R)
     else:
         lanes = max(4, padded // min(16, values)) if padded < 16 * 32 else max(32, padded // values)
-        classes = min(padded, lanes * vector)
+        # As many classes of a lane lie side by side as it loads at once: else its others would be other rows'.
+        classes = min(padded, lanes * min(vector, rows.align))
         pieces, warps, R = padded // classes, max(1, lanes // 32), max(1, 32 // lanes)
         programs = triton.cdiv(N, R)
     tile = {"C": C, "R": R, "K": pieces, "L": classes}

@@ -168,14 +168,17 @@ def _bucket_loss(
     rank = new(target.shape if parts else 0, dtype=torch.int32)
     by_temperature = new(N if grad_temperature else 0, dtype=work)
     if N:
-        launch, programs = choices.bucket(N, C, k, (student.dtype, teacher.dtype, indices.dtype), student.device)
+        written = gradient if grad_student else logits
+        aligned = logits.data_ptr() % 16 == 0, written.data_ptr() % 16 == 0
+        dtypes = student.dtype, teacher.dtype, indices.dtype
+        launch, programs = choices.bucket(N, C, k, dtypes, aligned, student.device)
         marks = torch.zeros(programs * C, dtype=torch.int8, device=student.device)
         launch(
             (
                 logits, teacher.contiguous(), indices.contiguous(), target.contiguous(),
                 loss if temperature is None else temperature.to(work).contiguous(),
-                loss if grad_output is None else grad_output.to(work).contiguous(),
-                gradient if grad_student else logits, by_temperature, loss, kd, ce, rank, marks,
+                loss if grad_output is None else grad_output.to(work).contiguous(), written,
+                by_temperature, loss, kd, ce, rank, marks,
             ),
             (
                 N, C, k, _row_stride(temperature), _row_stride(grad_output), config.ignore_index, int(parts),

@@ -19,9 +19,16 @@ from .row_math import total, wide
 def sort_kd_logits(
     teacher, target, corrected, rank, scratch, N: tl.int32, C: tl.int32, outer: tl.int64, step: tl.int64,
     ignore_index: tl.int64, correction: tl.int32, max_rank: tl.int32, capacity: tl.int32,
-    WORK: tl.constexpr, LISTED: tl.constexpr, B: tl.constexpr,
+    WORK: tl.constexpr, LISTED: tl.constexpr, B: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``program, program + programs, ...``; LISTED, capacity and max_rank as in `sort_kd_long_rows`."""
+    """Rows ``program, program + programs, ...``; LISTED, capacity and max_rank as in `sort_kd_long_rows`.
+
+    ALIGN divides C and `outer`, where `step` is 1; else it is 0.
+    """
+    if ALIGN != 0:
+        C = C // ALIGN * ALIGN
+        outer = outer // ALIGN * ALIGN
+        step = tl.full([], 1, tl.int64)
     program = tl.program_id(0)
     keys = scratch + program.to(tl.int64) * capacity * (3 if tl.float64 == WORK else 2)
     for row in range(program, N, tl.num_programs(0)):

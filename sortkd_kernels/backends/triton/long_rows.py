@@ -147,7 +147,7 @@ def class_step(stride, LAYOUT: tl.constexpr):
         return stride * 0 + 1
 
 
-RUNTIME_OF_LONG_ROWS = [*RUNTIME, "teacher_indices", "scratch", "dense", "C", "k_classes", "uniform", "capacity"]
+RUNTIME_OF_LONG_ROWS = [*RUNTIME, "teacher_indices", "scratch", "C", "k_classes", "uniform", "capacity"]
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_LONG_ROWS)

@@ -210,14 +210,17 @@ def reduce_rows(
 
 
 @triton.jit(do_not_specialize=["grad_output", "total"])
-def sort_kd_scale(grad_student, grad_output, total: tl.int64, WORK: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply a dense gradient in place by one number.
+def sort_kd_scale(
+    grad_student, grad_output, total: tl.int64, WORK: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Multiply a dense gradient, of a multiple of ALIGN numbers, in place by one number.
 
     The programs look at it before they touch the gradient: 1, as a plain ``loss.backward()`` has it, costs a launch of
     a few programs and no traffic, and the host need not know.
     """
     factor = tl.load(grad_output).to(WORK)
     if factor != 1:
+        total = total // ALIGN * ALIGN
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, total, step):
             place = start + tl.arange(0, BLOCK)
