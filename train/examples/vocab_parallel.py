@@ -87,6 +87,7 @@ def main() -> None:
         raise RuntimeError(f"the loss did not fall: {losses}")
     if rank == 0:
         print(f"vocab_parallel: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {ranks} ranks of {widths} classes")
+    dist.barrier()  # no rank leaves while another one still talks to it
     dist.destroy_process_group()
 
 
