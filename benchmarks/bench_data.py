@@ -10,14 +10,13 @@ torchvision's pipeline on PIL images. Writes `bench_data.csv`, `bench_data.md` a
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import harness
@@ -289,11 +288,7 @@ def main() -> None:
     rows: list[Row] = []
     for batch_size in (64,) if args.quick else (64, 256):
         rows += rows_of(data, batch_size, device, rounds=3 if args.quick else 7)
-    with (output / "bench_data.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for r in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+    harness.write_csv(output / "bench_data.csv", Row, rows)
     text = markdown(rows, facts)
     (output / "bench_data.md").write_text(text)
     print(text)

@@ -8,12 +8,11 @@ gpu_loss.py; `--rehearse` runs these on the CPU with tiny shapes, to no figure's
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import gpu_loss
@@ -273,12 +272,7 @@ def main() -> None:
         for r in (r for r in new_rows if r.phase == "both"):
             print(f"{name:22} {r.provider:28} {_time(r):>10}   {ratio(r.this_over_roof):>6} x roof", flush=True)
         print(*new_notes, sep="\n", end="\n" if new_notes else "")
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "bench_loss.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for r in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+    harness.write_csv(output / "bench_loss.csv", Row, rows)
     text = markdown(rows, notes, facts, ours)
     (output / "bench_loss.md").write_text(text)
     plot(rows, facts, ours, output / "bench_loss.png")

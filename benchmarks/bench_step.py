@@ -11,14 +11,13 @@ trainer's whole step and a plain loop's, in turn: what the trainer costs beside 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -335,7 +334,6 @@ def main() -> None:
     def loader(views: int = 0) -> ArrayLoader:
         return ArrayLoader(data, plan, device=device, padding=4, flip=True, views=views)
 
-    output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for names in PAIRS[1:] if args.quick else PAIRS:
         steps = args.steps or (3 if args.quick else 20)
@@ -343,11 +341,7 @@ def main() -> None:
             times = measure(names, loader(VIEWS), Path(folder), steps)
         rows += rows_of("->".join(names), times, *whole_steps(names, loader, steps))
         # After each pair: what stops later ones leaves these.
-        with (output / "bench_step.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            for r in rows:
-                writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+        harness.write_csv(output / "bench_step.csv", Row, rows)
         text = markdown(rows, facts)
         (output / "bench_step.md").write_text(text)
         if importlib.util.find_spec("matplotlib"):  # a GPU machine may have no more than torch

@@ -6,14 +6,13 @@ provider that fails says so in its cell and in a note; the others go on.
 
 from __future__ import annotations
 
-import csv
 import gc
 import importlib.util
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -350,10 +349,5 @@ def _device_error(device: torch.device) -> str:
 
 
 def _write(rows: Sequence[Row], cases: Sequence[Case], output: Path, facts: dict[str, str]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "bench_loss.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for r in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(r).items()})
+    harness.write_csv(output / "bench_loss.csv", Row, rows)
     (output / "bench_loss.md").write_text(markdown(rows, cases, facts))

@@ -14,6 +14,7 @@ takes, without the launch's own beginning and end and without the correction.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import subprocess
@@ -141,7 +142,7 @@ class Kernel:
         Of the loop around the stores of whole vectors, it is the shortest way that meets them all. Exponentials in
         loops without such accesses are not looked for: those go over the classes above the label, a row's edges, and
         rows that leave the range of their sums. Of a block's warps one computes the row's terms, known by reciprocals,
-        for the others.
+        for the others; a kernel without any has no such warp.
         """
         stores = [i for i in self._order[0] if self.code[i].opcode.startswith("STG") and self.code[i].wide == 16]
         around = [x for x in self._all_loops if all(i in x[2] for i in stores)]
@@ -152,9 +153,13 @@ class Kernel:
         # What is loaded after the stores, logits and a label, is of a row behind one with a list.
         quiet |= {i for i, x in enumerate(self.code) if x.opcode.startswith("LDG") and i > max(stores)}
         head, back, body = min(around, key=lambda x: len(x[2]))
-        terms = [i for i in body if self.code[i].opcode == "MUFU.RCP"]
-        leading = min(len(self._way(head, i, quiet)) + len(self._way(i, back, quiet)) for i in terms)
-        return 1 + (leading + (warps - 1) * len(self._way(head, back, quiet))) / warps
+        other = len(self._way(head, back, quiet))
+        through = []
+        for i in body:
+            if self.code[i].opcode == "MUFU.RCP":
+                with contextlib.suppress(ValueError):  # of a loop that ends at its head there is no way on
+                    through.append(len(self._way(head, i, quiet)) + len(self._way(i, back, quiet)))
+        return 1 + (min(through, default=other) + (warps - 1) * other) / warps
 
     @cached_property
     def _quiet(self) -> set[int]:

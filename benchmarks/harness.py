@@ -6,17 +6,18 @@ meets all of them, and ratios are taken between medians of one run only.
 
 from __future__ import annotations
 
+import csv
 import gc
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,6 +216,16 @@ def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def write_csv(path: Path, kind: type, rows: Iterable[Any]) -> None:
+    """Rows that are dataclasses of one ``kind``, a column a field, floats to five digits; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(kind)])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def table(heads: list[str], lines: list[list[str]]) -> list[str]:

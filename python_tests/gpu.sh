@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a machine with an NVIDIA GPU can tell, in one folder of at most eight small files: device tests, benchmarks, a
-# sanitized few of the tests. Builds nothing; the package must be importable from the checkout. Eight minutes at most.
+# sanitized few of the tests. Builds nothing; the package must be importable from the checkout. The limits: eight minutes.
 #
 #     PYTHON=python3 bash python_tests/gpu.sh [FOLDER]        # gpu_results unless named
 set -uo pipefail

@@ -202,3 +202,22 @@ def test_reading_a_kernel():
     assert kernel.once.opcodes == ("LDG.E.64", "BRA", "BRA", "STG.E.128", "EXIT")
     assert kernel.per_class(4) == {"instructions": 1.5, "exponentials": 0.5}
     assert kernel.per_class(4, held=10) == {"instructions": 2.0, "exponentials": 0.5}
+
+
+ROWS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA 0x40 ;
+        /*0020*/                   MUFU.RCP R5, R5 ;
+        /*0030*/                   FMUL R6, R5, R6 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/               @P1 BRA 0x0 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_one_more_row():
+    """By hand: six instructions of the warp that has the reciprocal, four of each other; four where there is none."""
+    kernel = gpu_static.Kernel("rows", ROWS, 8, 0)
+    assert kernel.row() == 6 and kernel.row(warps=4) == (6 + 3 * 4) / 4
+    assert gpu_static.Kernel("rows", ROWS.replace("MUFU.RCP", "FADD"), 8, 0).row() == 4
+    assert gpu_static.Kernel("no rows", LOOP, 8, 0).row() == 0
