@@ -161,7 +161,7 @@ def test_the_report_is_a_command(seeds, tmp_path):
     ("file", "damage", "reason"),
     [
         ("metrics.csv", lambda text: text[:-20], r"row 2 of \["),
-        ("metrics.csv", lambda text: text.replace("2,0.05", "2,fast"), r"row 2 of \[.*'fast'"),
+        ("metrics.csv", lambda text: text.replace("\n2,0.05", "\n2,fast"), r"row 2 of \[.*'fast'"),
         ("metrics.csv", lambda text: text + "1,2\n", r"row 3 of \["),
         ("metrics.csv", lambda text: text.replace("test_top1", "accuracy"), "no column test_top1"),
         ("metrics.csv", lambda text: "\0\0" + text, "no column epoch"),
