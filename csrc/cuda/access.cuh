@@ -87,6 +87,39 @@ struct Mixed {
   SORTKD_DEVICE void put(int c, T grad) const { set_element(p.grad, p.student_dtype, first + c * p.inner, grad); }
 };
 
+// A class at a time, `inner` apart, both sides of one dtype. An address is one instruction: a row's beginning, and so
+// many bytes a class.
+template <typename X>
+struct Strided {
+  using T = float;
+  using Raw = X;
+  using RawTeacher = X;
+  static constexpr int W = 1, head = 0, kAhead = 8;
+  const char *students, *teachers;
+  char* grads;
+  unsigned step;  // bytes from a class to the next one; unsigned: a product of 32 by 32 bits
+  int count;
+
+  SORTKD_DEVICE Strided(const Params<T>& p, int64_t row) : step(static_cast<unsigned>(p.inner * sizeof(X))), count(p.C) {
+    const int64_t first = (row / p.inner * p.C * p.inner + row % p.inner) * static_cast<int>(sizeof(X));
+    students = device_pointer(static_cast<const char*>(p.student) + first);
+    teachers = device_pointer(static_cast<const char*>(p.teacher) + first);
+    grads = device_pointer(static_cast<char*>(p.grad) + first);
+  }
+  SORTKD_DEVICE bool inner(int g) const { return static_cast<unsigned>(g) < static_cast<unsigned>(count); }
+  SORTKD_DEVICE int before() const { return 0; }
+  SORTKD_DEVICE int after() const { return count; }
+  SORTKD_DEVICE uint64_t at(int c) const { return static_cast<uint64_t>(static_cast<unsigned>(c)) * step; }
+  SORTKD_DEVICE const X& student_at(int c) const { return *reinterpret_cast<const X*>(students + at(c)); }
+  SORTKD_DEVICE const X& teacher_at(int c) const { return *reinterpret_cast<const X*>(teachers + at(c)); }
+  SORTKD_DEVICE void fetch(int g, X& s, X& t) const { s = student_at(g), t = teacher_at(g); }
+  static SORTKD_DEVICE void unpacked(const X& s, const X& t, T* x, T* y) { *x = widened(s), *y = widened(t); }
+  SORTKD_DEVICE T student(int c) const { return widened(student_at(c)); }
+  SORTKD_DEVICE T teacher(int c) const { return widened(teacher_at(c)); }
+  SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }
+  SORTKD_DEVICE void put(int c, T grad) const { *reinterpret_cast<X*>(grads + at(c)) = narrowed<X>(grad); }
+};
+
 // Rows of whole aligned vectors, of two dtypes; Y void: of a top-k teacher.
 template <typename X, typename Y>
 struct WholeVectors {

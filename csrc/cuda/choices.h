@@ -48,9 +48,8 @@ constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster =
 // they read it again.
 constexpr int kGeneralBlock = 256, kMixedBlock = 384;
 
-// Classes of a row of Kind::Columns: up to 8 warps a block, and lists of 32 rows that leave their reductions room in the
-// 99 KiB which are all that some devices have.
-constexpr int kMostColumnClasses = 248;
+// Classes of a row of Kind::Columns: up to 8 warps a block, which take 97 KiB at most where some devices have 99.
+constexpr int kMostColumnClasses = 256;
 
 // Entries of a block's list, 16 KiB: room for two blocks beside what they hold. A trained teacher leaves nearly all
 // rows far below; the others go to a launch of their own.

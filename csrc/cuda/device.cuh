@@ -101,6 +101,16 @@ SORTKD_DEVICE V compiler_barrier(V value) {
   return value;
 }
 
+// The same of a pointer into device memory.
+template <typename V>
+SORTKD_DEVICE V* device_pointer(V* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 // What instructions take for a place in the block's own shared memory.
 SORTKD_DEVICE unsigned shared_address(const void* place) {
 #if defined(__CUDA_ARCH__)

@@ -31,9 +31,9 @@ struct Sums {
 // What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns, and for each warp (and
 // lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
 constexpr int kPartialBytes = 64, kMbarrierBytes = 2 * sizeof(Mbarrier);
-constexpr int partial_bytes(Kind kind, int threads, int cluster) {
+constexpr int partial_bytes(Kind kind, int threads, int cluster, int value_bytes = kPartialBytes) {
   const int values = kind == Kind::Lanes ? 0 : kind == Kind::Block ? threads / 32 * cluster : threads;
-  return kMbarrierBytes + 2 * kPartialBytes * values;
+  return kMbarrierBytes + 2 * value_bytes * values;
 }
 
 template <typename V>
@@ -100,14 +100,16 @@ SORTKD_DEVICE V block_merged(const V& value, char* shared, int count) {
 template <Kind kind>
 struct Group {
   static constexpr Kind kKind = kind;
-  int size;       // threads of the row
-  int member;     // this one among them
-  int slot;       // the row's place among the block's
-  int cluster;    // blocks of the row, for Kind::Block
-  unsigned rank;  // this block among them
-  int turns;      // reductions until now
+  int size;         // threads of the row
+  int member;       // this one among them
+  int slot;         // the row's place among the block's
+  int cluster;      // blocks of the row, for Kind::Block
+  unsigned rank;    // this block among them
+  int turns;        // reductions until now
+  int value_bytes;  // of what is reduced, at most
 
-  SORTKD_DEVICE Group(int log_lanes, int cluster) : cluster(cluster), rank(0), turns(0) {
+  SORTKD_DEVICE Group(int log_lanes, int cluster, int value_bytes = kPartialBytes)
+      : cluster(cluster), rank(0), turns(0), value_bytes(value_bytes) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     if constexpr (kind == Kind::Lanes) {
       size = 1 << log_lanes, member = thread & (size - 1), slot = thread >> log_lanes;
@@ -163,7 +165,8 @@ struct Group {
   template <typename V>
   SORTKD_DEVICE V* partials(int count) const {
     static_assert(sizeof(V) <= kPartialBytes);
-    return reinterpret_cast<V*>(shared_memory() + kMbarrierBytes + (turns & 1) * kPartialBytes * count);
+    assert(static_cast<int>(sizeof(V)) <= value_bytes);
+    return reinterpret_cast<V*>(shared_memory() + kMbarrierBytes + (turns & 1) * value_bytes * count);
   }
   // What a block's warps would all compute alike, its first warp computes for them.
   SORTKD_DEVICE bool leads() const { return kind != Kind::Block || threadIdx.x < kWarp; }

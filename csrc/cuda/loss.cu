@@ -125,7 +125,8 @@ struct Plan {
     if (vectors) {
       aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
       shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode == Mode::General, d);
-    } else if (args.layout.inner > 1 && C <= kMostColumnClasses && !args.teacher_indices && !args.acc_double()) {
+    } else if (args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
+               !args.acc_double()) {
       shape = choose_columns(C);
     } else {
       shape = choose_mixed(C);
@@ -240,9 +241,9 @@ unsigned long long fresh_nonce() {
 
 // Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
 template <typename T>
-Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in_device, Params<T>& p) {
+Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int room, char* in_device, Params<T>& p) {
   const int threads = shape.threads;
-  int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster);
+  int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster, value_bytes(shape.kind, mode));
   const auto take = [&](int count) {
     const int place = bytes;
     bytes += (count + 15) / 16 * 16;
@@ -256,7 +257,8 @@ Launch place_lists(const Shape& shape, int width, int blocks, int room, char* in
   p.list.notes = take(kNoteBytes);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
-  p.merging = take(kMergingBytes * threads);
+  // Before and after the rows; of columns where these put their values together.
+  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * threads);
   p.counted = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
@@ -301,7 +303,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.step = p.groups * shape.rows;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
-  const Launch on_rows = place_lists(shape, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
+  const Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
   const cudaError_t error = launch(plan, args, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.ticket = p.reduced ? plan.ticket : nullptr;
@@ -312,7 +314,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.only_overflow = true;
   p.power = 1;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
-  const Launch on_rest = place_lists(plan.rest, 0, plan.rest_blocks, room, plan.rest_entries, p);
+  const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
   return launch_mixed<T>(plan.rest, Mode::General, on_rest, p, stream);
 }
 

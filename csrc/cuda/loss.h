@@ -69,6 +69,10 @@ struct Launch {
   int blocks, threads, cluster, shared_bytes;
 };
 
+// Bytes of what the threads of a row put together at a time, at most. Little of shared memory lets more blocks of columns
+// run at once.
+constexpr int value_bytes(Kind kind, Mode mode) { return kind == Kind::Columns && mode != Mode::General ? 16 : kPartialBytes; }
+
 // A call's ticket: its number, and in so many bits the blocks that have ended.
 constexpr int kTicketBits = 24;
 

@@ -516,11 +516,11 @@ constexpr int most_threads(Kind kind, int held, Mode mode) {
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
-__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), 1)
+__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), kKind == Kind::Columns && !kIsMixed<A> ? 3 : 1)
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
-  Group<kKind> group(p.log_lanes, p.cluster);
+  Group<kKind> group(p.log_lanes, p.cluster, value_bytes(kKind, kMode));
   if (group.keeps_list()) open_ticket(p);
   const int threads = static_cast<int>(blockDim.x);
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;

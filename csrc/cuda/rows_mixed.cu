@@ -10,10 +10,14 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
   const auto run = [&](void (*kernel)(Params<T>)) { return launch_kernel(kernel, launch, p, stream); };
   if constexpr (std::is_same_v<T, float>) {
     const auto hot = [&](auto kd_kernel, auto kd_ce_kernel) { return run(mode == Mode::Kd ? kd_kernel : kd_ce_kernel); };
-    using M = Mixed<T, false>;
-    if (shape.kind == Kind::Columns && mode != Mode::General)
-      return hot(sort_kd_rows<M, Kind::Columns, 0, Mode::Kd, false>, sort_kd_rows<M, Kind::Columns, 0, Mode::KdCe, false>);
-    if (shape.kind == Kind::Columns) return run(sort_kd_rows<M, Kind::Columns, 0, Mode::General, false>);
+    const auto with_student = [&](auto&& f) {
+      return p.student_dtype == Dtype::Float ? f(float{}) : p.student_dtype == Dtype::Half ? f(Half{}) : f(BFloat16{});
+    };
+    const auto columns = [&](auto access) {
+      using A = decltype(access);
+      return hot(sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::Kd, false>,
+                 sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::KdCe, false>);
+    };
     const auto top_k = [&](auto x) {
       using V = WholeVectors<decltype(x), void>;
       return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, true>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, true>);
@@ -26,10 +30,13 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
                    sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, false>);
       return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
     };
-    if (mode != Mode::General && p.teacher_indices)
-      return p.student_dtype == Dtype::Float  ? top_k(float{})
-             : p.student_dtype == Dtype::Half ? top_k(Half{})
-                                              : top_k(BFloat16{});
+    if (shape.kind == Kind::Columns && mode == Mode::General)
+      return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, false>);
+    if (shape.kind == Kind::Columns && p.student_dtype != p.teacher_dtype)
+      return columns(std::type_identity<Mixed<T, false>>{});
+    if (shape.kind == Kind::Columns)
+      return with_student([&](auto x) { return columns(std::type_identity<Strided<decltype(x)>>{}); });
+    if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
     if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
   }
   return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, true>
