@@ -301,9 +301,7 @@ struct HeldRows {
     const bool is_small = label < -kBlank / 2;  // no infinite one is; a NaN is in the sums
     return is_small & well_scaled(whole.sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(whole), C));
   }
-  SORTKD_DEVICE float z_ce(const Whole& whole) const {
-    return !kCe || p.power == 1 ? whole.sums.of[kZStudent] : whole.sums.of[kCe ? kZCe : 0];
-  }
+  SORTKD_DEVICE float z_ce(const Whole& whole) const { return whole.sums.of[kCe ? kZCe : kZStudent]; }
 
   // Adds what the list has to the sums, or makes them again, relative to the maxima. False where the list has no room.
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
@@ -401,7 +399,7 @@ struct HeldRows {
       // The sums of a row that does not count are 0, so that its terms are, and its gradient.
       float weight = this->weight;
       if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
-      on = kd_terms(p, row_sums, weight, kCe ? p.power : 0);
+      on = kd_terms(p, row_sums, weight);
     };
     whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
     if (group.leads()) whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
@@ -431,10 +429,10 @@ struct HeldRows {
     }
     if (p.grad) {
       // Of the exponential's first, second and fourth power.
-      const float first = on.on_student + (p.power == 1 ? on.on_ce : 0.0f), second = p.power == 2 ? on.on_ce : 0.0f;
-      const float fourth = p.power == 4 ? on.on_ce : 0.0f;
+      const float first = on.on_student + (kCe ? 0.0f : on.on_ce);
+      const float second = p.power == 2 ? on.on_ce : 0.0f, fourth = p.power == 4 ? on.on_ce : 0.0f;
       const auto gradient = [&](float e, float e_t) {
-        const float by = kCe ? fmaf(e, fmaf(e * e, fourth, second), first) : on.on_student;
+        const float by = kCe ? fmaf(e, fmaf(e * e, fourth, second), first) : first;
         return fmaf(e, by, -(e_t * on.on_teacher));
       };
       const auto gradient_of = [&](float a, float b) {

@@ -53,8 +53,8 @@ SORTKD_DEVICE float log_of_quotient(float a, float b, float difference) {
   return square <= 1.0f / 9 ? r * series : log2_of(a * reciprocal(b)) * static_cast<float>(kLn2);
 }
 
-// `weight` is that of the row, in the gradients; power 0: no cross-entropy.
-SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float weight, int power) {
+// `weight` is that of the row, in the gradients.
+SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float weight) {
   const float temperature = p.temperature_value, kd_scale = weight * p.kd_weight * temperature, ce_scale = weight * p.ce_weight;
   // The sums relative to the label, whose exponential is exactly 1 then: 1 - q_y keeps its digits. A label far below the
   // others keeps its place, or their sums would be infinite.
@@ -90,12 +90,12 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
   terms.kd *= temperature * temperature;
   terms.at_label = kd_scale * pull;
   terms.ce = terms.on_ce = 0.0f;
-  if (power > 0) {
-    const float label = raised(label_s, power), factor = raised(by_s, power), z = sums.z_ce * factor;
+  if (p.power > 0) {
+    const float label = raised(label_s, p.power), factor = raised(by_s, p.power), z = sums.z_ce * factor;
     const float inverse = reciprocal(z + label);
     // Minus the label's own exponent, which may be far below what a float holds as a power.
     terms.ce =
-        fmaf(-static_cast<float>(power) * u, static_cast<float>(kLn2), log_of_quotient(z + label, 1.0f, z + (label - 1.0f)));
+        fmaf(-static_cast<float>(p.power) * u, static_cast<float>(kLn2), log_of_quotient(z + label, 1.0f, z + (label - 1.0f)));
     terms.on_ce = ce_scale * inverse * factor;
     terms.at_label = fmaf(-ce_scale * z, inverse, terms.at_label);
   }

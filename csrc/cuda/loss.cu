@@ -96,9 +96,9 @@ bool has_whole_vectors(const LossArgs& args) {
 Mode mode_of(const LossArgs& args) {
   const LossConfig& config = args.config;
   if (config.standardize || args.temperature || args.grad_temperature) return Mode::General;
-  if (!config.with_ce()) return Mode::Kd;
   const double T = config.temperature;
-  return T == 1 || T == 2 || T == 4 ? Mode::KdCe : Mode::General;
+  if (T == 1 || !config.with_ce()) return Mode::Kd;
+  return T == 2 || T == 4 ? Mode::KdCe : Mode::General;
 }
 
 // How a call is launched, and its scratch memory. Made twice, for the size and for the launches.
@@ -214,7 +214,7 @@ struct Plan {
     p.decoupled = config.decoupled();
     p.with_ce = config.with_ce();
     p.moments = config.standardize || args.grad_temperature;
-    p.power = mode == Mode::KdCe ? static_cast<int>(config.temperature) : 1;
+    p.power = mode != Mode::General && config.with_ce() ? static_cast<int>(config.temperature) : 0;
     p.kd_weight = static_cast<T>(config.kd_weight);
     p.ce_weight = static_cast<T>(config.ce_weight);
     p.alpha = static_cast<T>(config.alpha);
@@ -312,7 +312,6 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.groups = plan.rest_blocks;
   p.long_blocks = plan.long_blocks;
   p.only_overflow = true;
-  p.power = 1;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
   const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
   return launch_mixed<T>(plan.rest, Mode::General, on_rest, p, stream);

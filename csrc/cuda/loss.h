@@ -7,8 +7,9 @@
 namespace sortkd {
 namespace cuda {
 
-// What the passes over a row compute: KD; KD and the cross-entropy at temperatures 1, 2 and 4, where exp(s) = exp(s /
-// T)^T; or any temperature, z-scores, and the temperature's gradient.
+// What the passes over a row compute: KD, and at temperature 1 the cross-entropy, which has the same exponentials; KD and
+// the cross-entropy at temperatures 2 and 4, where exp(s) = exp(s / T)^T; or any temperature, z-scores, and the
+// temperature's gradient.
 enum class Mode { Kd, KdCe, General };
 
 template <typename T>
@@ -40,7 +41,7 @@ struct Params {
   T kd_weight, ce_weight, alpha, beta;  // of `config`, in the arithmetic's type
   T over_label;                         // infinity where no class is above the label, else 0
   bool decoupled, with_ce, moments;
-  int power;  // of the exponential at temperature 1, for Mode::KdCe
+  int power;  // of a class's exponential, which the cross-entropy of Mode::Kd and Mode::KdCe has; 0: there is none
 
   // Lanes a row (Kind::Lanes); blocks a row (Kind::Block); blocks or clusters of the grid, and how many rows these take at
   // a time; how many of their turns take all rows.

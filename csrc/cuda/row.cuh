@@ -440,12 +440,13 @@ struct Row {
       const KdSums r{sums.of[0],
                      sums.of[1],
                      sums.of[2],
-                     kMode == Mode::KdCe ? sums.of[kSums - 1] : 0.0f,
+                     sums.of[kMode == Mode::KdCe ? kSums - 1 : 0],
                      of_student(student_label),
                      of_teacher(corrected_label(top))};
-      const KdTerms terms = kd_terms(p, r, weight, kMode == Mode::KdCe ? p.power : 0);
+      const KdTerms terms = kd_terms(p, r, weight);
       kd = terms.kd, ce = terms.ce;
-      on = {terms.on_student, terms.on_teacher, terms.on_ce, terms.at_label, T(0)};
+      // At temperature 1 the cross-entropy has the exponentials of KD.
+      on = {terms.on_student + (kMode == Mode::Kd ? terms.on_ce : 0.0f), terms.on_teacher, terms.on_ce, terms.at_label, T(0)};
     }
     if (!counts) on = {}, kd = ce = T(0);
     if (here && group.member == 0) write_row(p, group.slot, row, kd, ce, rank());
