@@ -70,7 +70,7 @@ CUDA = (
             Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2010, 31.9 + more, 2.3, 8, 23.5 + more),
             Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2220, 38.4 + more, 2.3, 8, 29.8 + more),
             Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 2490, 29.6 + more, 2.3, 8, 23 + more, 8),
-            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2710, 36 + more, 2.3, 8, 29.3 + more, 8),
+            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2720, 36 + more, 2.3, 8, 29.3 + more, 8),
         )
     ),
 )

@@ -399,7 +399,7 @@ struct HeldRows {
       // The sums of a row that does not count are 0, so that its terms are, and its gradient.
       float weight = this->weight;
       if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
-      on = kd_terms(p, row_sums, weight);
+      on = kd_terms(p, row_sums, weight, p.temperature_value, p.inverse_temperature);
     };
     whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
     if (group.leads()) whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);

@@ -1,6 +1,7 @@
 // The terms of a row's KD and cross-entropy from its sums, in floats. Every lane of a row computes them, and they would
 // take half as long as its classes: with the processor's approximate functions, whose relative error is a few roundings.
-// row_terms of row_math.h has the same for z-scores and the temperature's gradient.
+// row_terms of row_math.h has the same for doubles and for the temperature's gradient, of which little is left of large
+// terms.
 #pragma once
 
 #include "loss.h"
@@ -33,11 +34,11 @@ SORTKD_DEVICE T raised(T e, int power) {
 struct KdSums {
   float z_student, z_teacher;  // sums of 2^u and 2^v
   float cross;                 // sum of 2^v (v - u)
-  float z_ce;                  // sum of 2^(power u)
+  float z_ce;                  // sum of 2^(power u), where there is a power
   float u_label, v_label;
 };
 
-// The gradient is on_student 2^u - on_teacher 2^v + on_ce 2^(power u), and at_label.
+// The gradient is on_student 2^u - on_teacher 2^v + on_ce times the cross-entropy's exponential, and at_label.
 struct KdTerms {
   float kd, ce;
   float on_student, on_teacher, on_ce, at_label;
@@ -53,9 +54,19 @@ SORTKD_DEVICE float log_of_quotient(float a, float b, float difference) {
   return square <= 1.0f / 9 ? r * series : log2_of(a * reciprocal(b)) * static_cast<float>(kLn2);
 }
 
-// `weight` is that of the row, in the gradients.
-SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float weight) {
-  const float temperature = p.temperature_value, kd_scale = weight * p.kd_weight * temperature, ce_scale = weight * p.ce_weight;
+// The cross-entropy beside KD: from the label's exponent `u`, at most 0 or so, and its power of two, and from the sum of
+// the others', which `by` makes relative to the same.
+SORTKD_DEVICE void add_ce(KdTerms& terms, float u, float label, float by, float z_ce, float ce_scale) {
+  const float z = z_ce * by, inverse = reciprocal(z + label);
+  // Minus the label's own exponent, which may be far below what a float holds as a power.
+  terms.ce = fmaf(-u, static_cast<float>(kLn2), log_of_quotient(z + label, 1.0f, z + (label - 1.0f)));
+  terms.on_ce = ce_scale * inverse * by;
+  terms.at_label = fmaf(-ce_scale * z, inverse, terms.at_label);
+}
+
+// `weight` is that of the row, `inverse` what its logits are multiplied by.
+SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float weight, float temperature, float inverse) {
+  const float kd_scale = weight * p.kd_weight * temperature * (temperature * inverse);
   // The sums relative to the label, whose exponential is exactly 1 then: 1 - q_y keeps its digits. A label far below the
   // others keeps its place, or their sums would be infinite.
   const float shift_s = sums.u_label > -1.0f ? sums.u_label : 0.0f, shift_t = sums.v_label > -1.0f ? sums.v_label : 0.0f;
@@ -91,13 +102,8 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
   terms.at_label = kd_scale * pull;
   terms.ce = terms.on_ce = 0.0f;
   if (p.power > 0) {
-    const float label = raised(label_s, p.power), factor = raised(by_s, p.power), z = sums.z_ce * factor;
-    const float inverse = reciprocal(z + label);
-    // Minus the label's own exponent, which may be far below what a float holds as a power.
-    terms.ce =
-        fmaf(-static_cast<float>(p.power) * u, static_cast<float>(kLn2), log_of_quotient(z + label, 1.0f, z + (label - 1.0f)));
-    terms.on_ce = ce_scale * inverse * factor;
-    terms.at_label = fmaf(-ce_scale * z, inverse, terms.at_label);
+    const float times = static_cast<float>(p.power);
+    add_ce(terms, times * u, raised(label_s, p.power), raised(by_s, p.power), sums.z_ce, weight * p.ce_weight);
   }
   return terms;
 }

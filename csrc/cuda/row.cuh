@@ -95,11 +95,22 @@ struct Row {
       }
     }
   }
-  // Without registers for them, in as little code as possible.
+  // f(s, t) for each class but the label. Vectors that are the row's alone come from registers, where these are given.
   template <typename F>
-  SORTKD_DEVICE void each_other(F&& f) const {
+  SORTKD_DEVICE void each_other(F&& f, const typename A::Raw* raw_s = nullptr,
+                                const typename A::RawTeacher* raw_t = nullptr) const {
+    const auto held = [&](int g) { return kHeld > 0 && raw_s && counts && access.inner(g) && g != label_vector; };
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      if (!held(group.member + group.size * j)) continue;
+      T s[W], t[W];
+      access.unpacked(raw_s[j], raw_t[j], s, t);
+#pragma unroll
+      for (int i = 0; i < W; ++i) f(s[i], t[i]);
+    }
 #pragma unroll 1
     for (int g = group.member; g < live; g += group.size) {
+      if (held(g)) continue;
       T s[W], t[W];
       load(g, s, t);
 #pragma unroll
@@ -195,10 +206,11 @@ struct Row {
   }
 
   // Mean and 1 / (std + eps) of both sides, the values relative to the label's: a constant row has a deviation of 0.
-  SORTKD_DEVICE void statistics(MeanStd<T>& student, MeanStd<T>& teacher) {
+  SORTKD_DEVICE void statistics(const typename A::Raw* raw_s, const typename A::RawTeacher* raw_t, MeanStd<T>& student,
+                                MeanStd<T>& teacher) {
     const T n = static_cast<T>(p.C);
     Sums<T, 2> sums{};
-    each_other([&](T s, T t) { sums.of[0] += s - student_label, sums.of[1] += t - teacher_label; });
+    each_other([&](T s, T t) { sums.of[0] += s - student_label, sums.of[1] += t - teacher_label; }, raw_s, raw_t);
     sums = group.merged(sums);
     const T mean_s = sums.of[0] / n, mean_t = sums.of[1] / n;
     Sums<T, 2> squares{};
@@ -207,7 +219,7 @@ struct Row {
       squares.of[1] += (t - teacher_label - mean_t) * (t - teacher_label - mean_t);
     };
     if (group.member == 0) add(student_label, teacher_label);
-    each_other(add);
+    each_other(add, raw_s, raw_t);
     squares = group.merged(squares);
     // 0, or NaN for a row with one.
     const auto deviation = [&](T x) { return p.C > 1 && x > T(0) ? sqrt(x / (n - T(1))) : x - x; };
@@ -287,7 +299,7 @@ struct Row {
           of_student.scale = of_teacher.scale = inverse * kBits;
         }
         if (p.config.standardize) {
-          statistics(statistics_s, statistics_t);
+          statistics(raw_s, raw_t, statistics_s, statistics_t);
           of_teacher.scale = inverse / (statistics_t.std + static_cast<T>(kStandardizeEps)) * kBits;
           inverse /= statistics_s.std + static_cast<T>(kStandardizeEps);
           of_student.scale = inverse * kBits;
@@ -417,36 +429,59 @@ struct Row {
                             const MeanStd<T>& statistics, T count, typename A::Raw* raw_s, typename A::RawTeacher* raw_t) {
     T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
     weight /= count;
-    T kd, ce;
+    T kd = 0, ce = 0;
     Coefficients<T> on{};
+    constexpr bool kDouble = std::is_same_v<T, double>;
+    const bool in_doubles = kDouble || (kGeneral && p.grad_temperature);
     if constexpr (kGeneral) {
-      RowSums<S> r{};
-      constexpr S kNats = static_cast<S>(kLn2);
-      r.z_student = sums.of[0], r.z_teacher = sums.of[1], r.cross = sums.of[2] * kNats, r.z_ce = sums.of[3];
-      r.v_label_student = S(of_student(student_label)) * kNats;
-      r.v_label_teacher = S(of_teacher(corrected_label(top))) * kNats;
-      r.v_label_ce = student_label - ce_reference;
-      r.moment_student = sums.of[4] * kNats, r.moment_teacher = sums.of[5] * kNats;
-      r.moment_cross = sums.of[6] * (kNats * kNats);
-      const RowTerms<S> terms =
-          row_terms(r, row_logs(r, p.with_ce), S(temperature), p.decoupled, S(p.alpha), S(p.beta), p.with_ce, p.moments);
-      kd = T(terms.kd), ce = T(terms.ce);
-      if (p.grad_temperature && here && group.member == 0)
-        p.grad_temperature[row] = counts ? weight * p.kd_weight * T(terms.grad_temperature) : T(0);
-      const auto of = gradient_coefficients(terms, p.config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
-                                            MeanStd<S>{statistics.mean, statistics.std});
-      on = {T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
-    } else {
-      const KdSums r{sums.of[0],
-                     sums.of[1],
-                     sums.of[2],
-                     sums.of[kMode == Mode::KdCe ? kSums - 1 : 0],
-                     of_student(student_label),
-                     of_teacher(corrected_label(top))};
-      const KdTerms terms = kd_terms(p, r, weight);
-      kd = terms.kd, ce = terms.ce;
-      // At temperature 1 the cross-entropy has the exponentials of KD.
-      on = {terms.on_student + (kMode == Mode::Kd ? terms.on_ce : 0.0f), terms.on_teacher, terms.on_ce, terms.at_label, T(0)};
+      if (in_doubles) {
+        RowSums<S> r{};
+        constexpr S kNats = static_cast<S>(kLn2);
+        r.z_student = sums.of[0], r.z_teacher = sums.of[1], r.cross = sums.of[2] * kNats, r.z_ce = sums.of[3];
+        r.v_label_student = S(of_student(student_label)) * kNats;
+        r.v_label_teacher = S(of_teacher(corrected_label(top))) * kNats;
+        r.v_label_ce = student_label - ce_reference;
+        r.moment_student = sums.of[4] * kNats, r.moment_teacher = sums.of[5] * kNats;
+        r.moment_cross = sums.of[6] * (kNats * kNats);
+        const RowTerms<S> terms =
+            row_terms(r, row_logs(r, p.with_ce), S(temperature), p.decoupled, S(p.alpha), S(p.beta), p.with_ce, p.moments);
+        kd = T(terms.kd), ce = T(terms.ce);
+        if (p.grad_temperature && here && group.member == 0)
+          p.grad_temperature[row] = counts ? weight * p.kd_weight * T(terms.grad_temperature) : T(0);
+        const auto of = gradient_coefficients(terms, p.config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
+                                              MeanStd<S>{statistics.mean, statistics.std});
+        on = {T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
+      }
+    }
+    if constexpr (!kDouble) {
+      if (!in_doubles) {
+        const auto sum = [&](int i) { return static_cast<float>(sums.of[i]); };
+        const KdSums r{sum(0),
+                       sum(1),
+                       sum(2),
+                       sum(kMode == Mode::KdCe ? 3 : 0),
+                       of_student(student_label),
+                       of_teacher(corrected_label(top))};
+        KdTerms terms = kd_terms(p, r, weight, temperature, inverse);
+        if constexpr (kGeneral) {
+          if (p.config.standardize && statistics.std > 0.0f) {  // as gradient_coefficients
+            const float u_dot_grad =
+                (terms.on_student * sum(4) - terms.on_teacher * (sum(5) - sum(2)) + expected(terms.at_label, r.u_label)) *
+                static_cast<float>(kLn2);
+            on.dstd = u_dot_grad / (inverse * static_cast<float>(p.C - 1) * statistics.std *
+                                    (statistics.std + static_cast<float>(kStandardizeEps)));
+          }
+          if (p.with_ce) {
+            const float u = (student_label - ce_reference) * kBits, shift = u > -1.0f ? u : 0.0f;
+            add_ce(terms, u - shift, power_of_two(u - shift), power_of_two(-shift), sum(3), weight * p.ce_weight);
+          }
+        }
+        kd = terms.kd, ce = terms.ce;
+        // At temperature 1 the cross-entropy has the exponentials of KD.
+        on.on_student = terms.on_student + (kMode == Mode::Kd ? terms.on_ce : 0.0f);
+        on.on_teacher = terms.on_teacher, on.on_ce = terms.on_ce;
+        on.at_label = terms.at_label - (on.dstd == 0.0f ? 0.0f : on.dstd * (student_label - statistics.mean));
+      }
     }
     if (!counts) on = {}, kd = ce = T(0);
     if (here && group.member == 0) write_row(p, group.slot, row, kd, ce, rank());
@@ -516,8 +551,14 @@ constexpr int most_threads(Kind kind, int held, Mode mode) {
   return mode != Mode::General ? kMostRowBlock : held > 0 ? kGeneralBlock : kMixedBlock;
 }
 
+// Blocks a processor: what limits registers, where that spills none.
+template <class A>
+constexpr int least_blocks(Kind kind, Mode mode) {
+  return mode != Mode::General && (kind == Kind::Lanes || (kind == Kind::Columns && !kIsMixed<A>)) ? 3 : 1;
+}
+
 template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
-__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), kKind == Kind::Columns && !kIsMixed<A> ? 3 : 1)
+__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_blocks<A>(kKind, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
