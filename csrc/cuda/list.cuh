@@ -68,9 +68,9 @@ constexpr int kDigits = 256;
 constexpr int histogram_bytes(int threads) { return (threads / 32 + 1) * kDigits * static_cast<int>(sizeof(int)); }
 
 // A radix sort from the last digit, by a block: each warp keeps the order within a stretch of its own. Digits that all
-// entries share, as most are of halves and of few classes, move nothing. Four entries of a thread are under way at a
-// time. Returns where the entries are in order.
-SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to, int n, int* histogram) {
+// entries share, as most are of halves and of few classes, are left out. Four entries of a thread are under way at a
+// time. `first_bit`: 0, or of the key where the classes are in order. Returns where the entries are in order.
+SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to, int n, int* histogram, int first_bit) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), warps = threads / 32;
   const int warp = thread / 32, lane = thread % 32;
   const int stretch = (n + threads - 1) / threads * 32, begin = min(n, warp * stretch), end = min(n, begin + stretch);
@@ -86,9 +86,12 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
       for (int k = 0; k < 4; ++k) f(some[k], first + 32 * k < end);
     }
   };
+  uint64_t differs = 0;
+  each([&](const Entry<float>& e, bool held) { differs |= held ? e.word ^ from[0].word : 0; });
 #pragma unroll 1
-  for (int shift = 0; shift < 64; shift += 8) {
+  for (int shift = first_bit; shift < 64; shift += 8) {
     const auto digit_of = [&](const Entry<float>& e) { return static_cast<int>(e.word >> shift & (kDigits - 1)); };
+    if (!__syncthreads_or((differs >> shift & (kDigits - 1)) != 0)) continue;
 #pragma unroll 1
     for (int i = thread; i < (warps + 1) * kDigits; i += threads) histogram[i] = 0;
     __syncthreads();
@@ -96,7 +99,6 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
       if (held) atomicAdd(mine + digit_of(e), 1);
     });
     __syncthreads();
-    bool shared = false;
 #pragma unroll 1
     for (int digit = thread; digit < kDigits; digit += threads) {
       int before = 0;
@@ -106,9 +108,8 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
         before += counted;
       }
       histogram[digit] = before;
-      shared |= before == n;
     }
-    if (__syncthreads_or(shared)) continue;
+    __syncthreads();
     if (warp == 0) {
       int own = 0;
       for (int d = 0; d < kDigits / 32; ++d) own += histogram[lane * (kDigits / 32) + d];
@@ -193,6 +194,35 @@ struct List {
     const int at = atomicAdd(group.blocks() > 1 ? in_block(count(), 0) : count(), 1);
     if (at < places.room) put(at, value, c);
   }
+  // The classes whose value is above the threshold, in their order, by a block: each warp has a stretch of them, of which
+  // four of a thread are under way at a time. With barriers before and after.
+  template <typename F>
+  SORTKD_DEVICE void collect(Group<kind>& block, int C, T threshold, F&& value_of) const {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int threads = static_cast<int>(blockDim.x), stretch = (C + threads - 1) / threads * 32;
+    const int begin = min(C, thread / 32 * stretch), end = min(C, begin + stretch);
+    const auto each = [&](auto&& f) {
+#pragma unroll 1
+      for (int first = begin + lane; first - lane < end; first += 4 * 32) {
+        T some[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) some[k] = first + 32 * k < end ? value_of(first + 32 * k) : threshold;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) f(first + 32 * k, some[k], some[k] > threshold);
+      }
+    };
+    int above = 0;
+    each([&](int, T, bool is_above) { above += is_above; });
+    const auto places = block.places_of(above);
+    int next = __shfl_sync(kFullMask, places.first, 0);
+    each([&](int c, T value, bool is_above) {
+      const unsigned all = __ballot_sync(kFullMask, is_above);
+      if (is_above) put(next + __popc(all & ((1u << lane) - 1)), value, c);
+      next += __popc(all);
+    });
+    if (thread == 0) *count() = places.all;
+    __syncthreads();
+  }
   // The value that the correction gives to an entry: of those above the label, each takes the next one's.
   SORTKD_DEVICE T corrected(int at, Correction correction, int above, T label) const {
     if (correction == Correction::Sort && at < above) return at + 1 < above ? entries()[at + 1].value() : label;
@@ -213,11 +243,12 @@ struct List {
     }
   }
   SORTKD_DEVICE int counted() const { return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0); }
-  // By all threads that keep the list.
-  SORTKD_DEVICE void put_in_order(int n) {
+  // By all threads that keep the list; `collected`: it is in the order of the classes.
+  SORTKD_DEVICE void put_in_order(int n, bool collected = false) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {
       if (own) {
-        Entry<T>* const ordered = sort_by_digits(own, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram));
+        Entry<T>* const ordered =
+            sort_by_digits(own, spare, n, reinterpret_cast<int*>(shared_memory() + places.histogram), collected ? 32 : 0);
         if (ordered == spare) spare = own, own = ordered;
         return;
       }

@@ -311,7 +311,6 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.cluster = 1;
   p.groups = plan.rest_blocks;
   p.long_blocks = plan.long_blocks;
-  p.only_overflow = true;
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
   const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);

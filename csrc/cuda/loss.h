@@ -12,6 +12,10 @@ namespace cuda {
 // temperature's gradient.
 enum class Mode { Kd, KdCe, General };
 
+// Which classes a row's list has: those above its label, in shared memory; the same of rows that have too many for it,
+// the only ones of a launch of their own, also in device memory; or the k of a top-k teacher, in either.
+enum class Lists { Short, Long, TopK };
+
 template <typename T>
 struct Params {
   int64_t rows, inner;
@@ -51,8 +55,7 @@ struct Params {
   int totals, counted, merging, stage;  // as the lists' places
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
-  bool only_overflow;
-  int long_blocks;  // of that launch, those that have lists in device memory
+  int long_blocks;  // of that launch, those that have lists in device memory; of the other launches 0
 
   // Results: [rows], or [1] where the rows are reduced.
   bool reduced, mean;

@@ -46,11 +46,11 @@ struct Exponent {
   }
 };
 
-template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
+template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
 struct Row {
   using T = typename A::T;
   static constexpr int W = A::W;
-  static constexpr bool kGeneral = kMode == Mode::General;
+  static constexpr bool kGeneral = kMode == Mode::General, kTopK = kLists == Lists::TopK, kLong = kLists == Lists::Long;
   // z_student, z_teacher, cross, z_ce, and the moments of student, teacher, cross.
   // The moments nearly cancel: their sums over more than a few terms are in double, as what is made of them.
   using S = std::conditional_t<kGeneral, double, T>;
@@ -60,7 +60,7 @@ struct Row {
 
   const Params<T>& p;
   Group<kKind>& group;
-  List<T, kKind, kIsMixed<A> && kKind == Kind::Block> list;
+  List<T, kKind, kLong || (kTopK && kIsMixed<A>)> list;
 
   A access;
   bool here, counts;
@@ -290,6 +290,7 @@ struct Row {
       else
         teacher_label = counts ? access.teacher(y) : T(0);
       threshold = teacher_label + p.over_label;
+      if constexpr (kLong) list.collect(group, live, threshold, [&](int c) { return access.teacher(c); });
 
       of_student.scale = of_teacher.scale = inverse * kBits;
       if constexpr (kGeneral) {
@@ -333,7 +334,7 @@ struct Row {
         if (!need) of_student = old_s, of_teacher = old_t, ce_reference = old_plain;
         to_maxima |= need;
       }
-      if constexpr (!kTopK) {
+      if (kLists == Lists::Short) {
         list.clear();
         group.sync();
       }
@@ -374,7 +375,7 @@ struct Row {
         }
       };
       const auto then = [&](int g) {
-        if (!kTopK) list_classes(g, higher);
+        if (kLists == Lists::Short) list_classes(g, higher);
         if (kGeneral && (turn += kRaw * W) >= 16) {
           add_to(sums, some);
           some = {};
@@ -394,7 +395,7 @@ struct Row {
       }
       if (group.any(listed > 0)) {
         if (group.keeps_list()) {
-          if (!kTopK) list.put_in_order(listed);  // also where none moves: the order of sums is fixed
+          if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
           for (int at = group.list_member(); at < listed; at += group.list_size()) {
             const T u = of_student(access.student(list[at].c())),
@@ -557,11 +558,11 @@ constexpr int least_blocks(Kind kind, Mode mode) {
   return mode != Mode::General && (kind == Kind::Lanes || (kind == Kind::Columns && !kIsMixed<A>)) ? 3 : 1;
 }
 
-template <class A, Kind kKind, int kHeld, Mode kMode, bool kTopK>
+template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
 __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_blocks<A>(kKind, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
-  constexpr bool kMayBeRest = kIsMixed<A> && kKind == Kind::Block && !kTopK;
+  constexpr bool kLong = kLists == Lists::Long;
   Group<kKind> group(p.log_lanes, p.cluster, value_bytes(kKind, kMode));
   if (group.keeps_list()) open_ticket(p);
   const int threads = static_cast<int>(blockDim.x);
@@ -571,16 +572,15 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
   group.open();
   // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
   // shared memory, then, in blocks that have device memory, for the others.
-  const bool marked_only = kMayBeRest && p.only_overflow;
-  const int chunk = marked_only ? threads : 1, thread = static_cast<int>(threadIdx.x);
+  const int chunk = kLong ? threads : 1, thread = static_cast<int>(threadIdx.x);
   unsigned* const marks = reinterpret_cast<unsigned*>(shared_memory() + p.merging);
 #pragma unroll 1
-  for (int pass = 0; pass < (marked_only ? 2 : 1); ++pass) {
+  for (int pass = 0; pass < (kLong ? 2 : 1); ++pass) {
     const int64_t step = pass == 0 ? p.groups : p.long_blocks;
     if (pass == 1 && group.index() >= step) break;
 #pragma unroll 1
     for (int64_t first = group.index(); first < p.tiles; first += step * chunk) {
-      if (marked_only) {
+      if (kLong) {
         const int64_t mine = first + step * thread;
         const int entries = mine < p.rows ? p.overflow[mine] : 0;
         const bool marked = entries > 0 && (entries > p.list.long_room) == (pass == 1);
@@ -590,17 +590,13 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
         __syncthreads();
       }
 #pragma unroll 1
-      for (int w = 0; w < (chunk + 31) / 32; ++w) {
-#pragma unroll 1
-        for (unsigned left = marked_only ? marks[w] : 1; left; left &= left - 1) {
-          const int64_t row = (first + step * (32 * w + __ffs(static_cast<int>(left)) - 1)) * rows + group.slot;
-          if (kKind == Kind::Block && p.overflow && !marked_only && group.member == 0) p.overflow[row] = 0;
-          Row<A, kKind, kHeld, kMode, kTopK> loss(p, group, row, row < p.rows,
-                                                  kTopK         ? p.k + 1
-                                                  : marked_only ? p.overflow[row]
-                                                                : 0);
-          loss.run(row, count);
-        }
+      for (int i = 0; i < chunk; ++i) {
+        if (kLong && !(marks[i / 32] >> (i % 32) & 1)) continue;
+        const int64_t row = (first + step * i) * rows + group.slot;
+        if (kKind == Kind::Block && p.overflow && !kLong && group.member == 0) p.overflow[row] = 0;
+        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : 0;
+        Row<A, kKind, kHeld, kMode, kLists> loss(p, group, row, row < p.rows, expected);
+        loss.run(row, count);
       }
     }
   }

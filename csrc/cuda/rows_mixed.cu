@@ -15,23 +15,25 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
     };
     const auto columns = [&](auto access) {
       using A = decltype(access);
-      return hot(sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::Kd, false>,
-                 sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::KdCe, false>);
+      return hot(sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::Kd, Lists::Short>,
+                 sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::KdCe, Lists::Short>);
     };
     const auto top_k = [&](auto x) {
       using V = WholeVectors<decltype(x), void>;
-      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, true>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, true>);
+      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::TopK>,
+                 sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::TopK>);
     };
     const auto two_dtypes = [&](auto x) {
       using V = WholeVectors<decltype(x), float>;
       constexpr int kMost = kValuesHeld / V::W;
       if (shape.kind == Kind::Lanes)
-        return hot(sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, false>,
-                   sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, false>);
-      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false>, sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
+        return hot(sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, Lists::Short>,
+                   sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, Lists::Short>);
+      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::Short>,
+                 sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::Short>);
     };
     if (shape.kind == Kind::Columns && mode == Mode::General)
-      return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, false>);
+      return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, Lists::Short>);
     if (shape.kind == Kind::Columns && p.student_dtype != p.teacher_dtype)
       return columns(std::type_identity<Mixed<T, false>>{});
     if (shape.kind == Kind::Columns)
@@ -39,8 +41,9 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
     if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
     if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
   }
-  return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, true>
-                               : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, false>);
+  if (p.long_blocks) return run(sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Long>);
+  return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, Lists::TopK>
+                               : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Short>);
 }
 
 template cudaError_t launch_mixed<float>(const Shape&, Mode, const Launch&, const Params<float>&, cudaStream_t);

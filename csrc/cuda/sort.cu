@@ -19,7 +19,7 @@ struct SortParams {
 
 // A block a row. The class's values first as they are, then those of the list over them.
 template <typename X>
-SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& group, const X* in, X* out, int64_t row) {
+SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group, const X* in, X* out, int64_t row) {
   using T = Acc<X>;
   const X* const from = in + row * p.C;
   X* const to = out + row * p.C;
@@ -31,12 +31,14 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
   const T label_value = counts ? widened(from[label]) : T(0);
   list.clear();
   __syncthreads();
+  const bool moves = counts && p.correction != Correction::None;
+  if (moves && list.own) list.collect(group, p.C, label_value, [&](int c) { return widened(from[c]); });
   bool broken = false;
   for (int c = thread; c < p.C; c += threads) {
     const X x = from[c];
     const T value = widened(x);
     broken |= value != value;
-    if (counts && p.correction != Correction::None && value > label_value) list.append(value, c);
+    if (moves && !list.own && value > label_value) list.append(value, c);
     to[c] = x;
   }
   // One NaN spoils the row, as it spoils the row's loss.
@@ -48,7 +50,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
     return;
   }
   if (n == 0 || n > p.list.room) return;
-  list.put_in_order(n);
+  list.put_in_order(n, list.own);
   __syncthreads();
   if (thread == 0) to[label] = narrowed<X>(list[0].value());
   if (p.correction == Correction::Swap) {
@@ -60,7 +62,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, const Group<Kind::Block>& 
 
 template <typename X>
 __global__ void __launch_bounds__(kSortThreads, 2) sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
-  const Group<Kind::Block> group(0, 1);
+  Group<Kind::Block> group(0, 1);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     if (p.list.in_device && !p.overflow[row]) continue;
     corrected_row(p, group, in, out, row);

@@ -14,11 +14,12 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
   const bool kd = mode == Mode::Kd, lanes = shape.kind == Kind::Lanes;
   if (mode == Mode::General)
-    return run(lanes            ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, false>
-               : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, false>
-                                : sort_kd_rows<V, Kind::Block, 0, Mode::General, false>);
+    return run(lanes            ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, Lists::Short>
+               : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, Lists::Short>
+                                : sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>);
   if (shape.held == 0)
-    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, false> : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, false>);
+    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::Short>
+                  : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::Short>);
   const auto held = [&](auto kd_kernel, auto kd_ce_kernel) { return run(kd ? kd_kernel : kd_ce_kernel); };
   if (!lanes)
     return held(sort_kd_held<X, Kind::Block, kMost, -1, Mode::Kd>, sort_kd_held<X, Kind::Block, kMost, -1, Mode::KdCe>);
