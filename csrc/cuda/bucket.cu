@@ -63,9 +63,11 @@ struct BucketNotes {
   T on_student, on_teacher, at_label, on_ce;
 };
 
-template <typename X, typename T>
+// T: float, for a student of dtype kStudent; or double, for any.
+template <typename T, Dtype kStudent>
 __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_constant__ BucketParams<T> p) {
   const LossArgs& args = p.args;
+  const Dtype dtype = std::is_same_v<T, double> ? args.student_dtype : kStudent;
   const LossConfig& config = args.config;
   const int C = static_cast<int>(args.layout.C), k = static_cast<int>(args.k), width = k + 2;
   const int64_t inner = args.layout.inner, rows = args.layout.outer * inner;
@@ -91,13 +93,11 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
     const bool counts = label != config.ignore_index;
     assert((!counts || (label >= 0 && label < C)) && "a label is outside [0, C)");
     const int64_t begin = row / inner * C * inner + row % inner;
-    const X* const student = static_cast<const X*>(args.student) + begin;
-    X* const grad = args.grad_student ? static_cast<X*>(args.grad_student) + begin : nullptr;
-    const auto at = [&](int c) { return static_cast<T>(widened(student[c * inner])); };
-    const auto set = [&](int64_t c, T g) { grad[c * inner] = narrowed<X>(g); };
+    const auto at = [&](int c) { return element<T>(args.student, dtype, begin + c * inner); };
+    const auto set = [&](int64_t c, T g) { set_element(args.grad_student, dtype, begin + c * inner, g); };
     if (member == 0 && args.rank) args.rank[row] = 0;  // the teacher's side, which is not here, knows it
     if (!counts) {
-      for (int c = member; grad && c < C; c += size) set(c, T(0));
+      for (int c = member; args.grad_student && c < C; c += size) set(c, T(0));
       if (member == 0) {
         static_cast<T*>(args.loss)[row] = T(0);
         if (args.kd) static_cast<T*>(args.kd)[row] = static_cast<T*>(args.ce)[row] = T(0);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
       args.grad_temperature ? finish(0.0) : finish(T(0));
     }
     __syncthreads();
-    if (!grad) continue;
+    if (!args.grad_student) continue;
 
     const auto of_kd = [&](int j) {
       if (j == place) return notes.at_label;
@@ -221,14 +221,14 @@ int blocks_of(const LossArgs& args) {
   return choose_blocks(shape_of(args), args.layout.rows(), 2 * args.layout.C * bytes_of(args.student_dtype), device());
 }
 
-template <typename X, typename T>
+template <typename T, Dtype kStudent>
 cudaError_t launch_bucket(const LossArgs& args, void* scratch, cudaStream_t stream) {
   const int threads = shape_of(args).threads;
   BucketParams<T> p{args, static_cast<T*>(scratch), partial_bytes(Kind::Block, threads, 1)};
   const int words = ceil_div(args.layout.C, 32);
   const int bytes = p.present + (words + words % 2) * 4 + static_cast<int>(sizeof(BucketNotes<T>));
-  if (const cudaError_t error = grant(sort_kd_bucket<X, T>, bytes); error != cudaSuccess) return error;
-  SORTKD_LAUNCH((sort_kd_bucket<X, T>), blocks_of(args), threads, bytes, stream, p);
+  if (const cudaError_t error = grant(sort_kd_bucket<T, kStudent>, bytes); error != cudaSuccess) return error;
+  SORTKD_LAUNCH((sort_kd_bucket<T, kStudent>), blocks_of(args), threads, bytes, stream, p);
   return cudaGetLastError();
 }
 
@@ -240,11 +240,10 @@ size_t bucket_scratch_bytes(const LossArgs& args) {
 
 cudaError_t run_bucket(const LossArgs& args, void* scratch, cudaStream_t stream) {
   if (args.layout.rows() == 0) return cudaSuccess;
-  return with_dtype(args.student_dtype, [&](auto x) {
-    using X = decltype(x);
-    return args.acc_double() ? launch_bucket<X, double>(args, scratch, stream)
-                             : launch_bucket<X, Acc<X>>(args, scratch, stream);
-  });
+  if (args.acc_double()) return launch_bucket<double, Dtype::Double>(args, scratch, stream);
+  if (args.student_dtype == Dtype::Float) return launch_bucket<float, Dtype::Float>(args, scratch, stream);
+  if (args.student_dtype == Dtype::Half) return launch_bucket<float, Dtype::Half>(args, scratch, stream);
+  return launch_bucket<float, Dtype::BFloat16>(args, scratch, stream);
 }
 
 }  // namespace cuda
