@@ -147,7 +147,7 @@ struct Plan {
     overflows = false;
     rest_blocks = long_blocks = 0;
     if (shape.kind == Kind::Block && most_listed > most_room) {
-      if (args.teacher_indices) {
+      if (args.teacher_indices || args.acc_double()) {
         in_device = true;
         mode = Mode::General;  // whose lists may lie there
         blocks = static_cast<int>(std::min<int64_t>(blocks, most_lists));

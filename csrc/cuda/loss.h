@@ -12,8 +12,8 @@ namespace cuda {
 // temperature's gradient.
 enum class Mode { Kd, KdCe, General };
 
-// Which classes a row's list has: those above its label, in shared memory; the same of rows that have too many for it,
-// the only ones of a launch of their own, also in device memory; or the k of a top-k teacher, in either.
+// Which classes a row's list has: those above its label, in shared memory (of doubles also in device memory); the same of
+// rows that have too many for that, the only ones of a launch of their own, in either; or the k of a top-k teacher, too.
 enum class Lists { Short, Long, TopK };
 
 template <typename T>

@@ -60,7 +60,7 @@ struct Row {
 
   const Params<T>& p;
   Group<kKind>& group;
-  List<T, kKind, kLong || (kTopK && kIsMixed<A>)> list;
+  List<T, kKind, kLong || (kIsMixed<A> && (kTopK || std::is_same_v<T, double>))> list;
 
   A access;
   bool here, counts;
@@ -594,7 +594,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
         if (kLong && !(marks[i / 32] >> (i % 32) & 1)) continue;
         const int64_t row = (first + step * i) * rows + group.slot;
         if (kKind == Kind::Block && p.overflow && !kLong && group.member == 0) p.overflow[row] = 0;
-        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : 0;
+        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : p.C;
         Row<A, kKind, kHeld, kMode, kLists> loss(p, group, row, row < p.rows, expected);
         loss.run(row, count);
       }

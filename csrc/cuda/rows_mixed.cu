@@ -32,6 +32,7 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
       return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::Short>,
                  sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::Short>);
     };
+    if (p.long_blocks) return run(sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Long>);
     if (shape.kind == Kind::Columns && mode == Mode::General)
       return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, Lists::Short>);
     if (shape.kind == Kind::Columns && p.student_dtype != p.teacher_dtype)
@@ -41,7 +42,6 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
     if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
     if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
   }
-  if (p.long_blocks) return run(sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Long>);
   return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, Lists::TopK>
                                : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Short>);
 }
