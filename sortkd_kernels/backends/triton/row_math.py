@@ -293,7 +293,10 @@ def finish_row(
         at_label -= ce_factor * rest_1
     if GENERAL:
         at_label -= tl.where(slope == 0, 0.0, slope * (s_y - mean))
-    return kd, ce, by_temperature, (weight * others * inverse_s, weight * B * inverse_t, g_1, at_label, slope, mean)
+    g_s = weight * others * inverse_s
+    if CE == 1:  # the same exponentials
+        g_s += g_1
+    return kd, ce, by_temperature, (g_s, weight * B * inverse_t, g_1, at_label, slope, mean)
 
 
 @triton.jit
@@ -301,7 +304,7 @@ def gradient(coefficients, s, exponentials, CE: tl.constexpr, GENERAL: tl.conste
     """The gradient of every class but the label."""
     e_s, e_t, e_1 = exponentials
     g = wide(coefficients[0]) * e_s - wide(coefficients[1]) * e_t
-    if CE != 0:
+    if (CE == 2 or CE == 4) or CE == -1:
         g += wide(coefficients[2]) * e_1
     if GENERAL:
         # A row without a slope may hold no logits but -inf.
