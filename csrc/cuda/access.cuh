@@ -12,7 +12,7 @@ namespace cuda {
 template <typename X>
 struct Vectors {
   using T = float;
-  static constexpr int W = kWidth<X>, kAhead = 1;  // vectors of a thread that are under way at a time
+  static constexpr int W = kWidth<X>, kAhead = kVectorsAhead;
   const Params<T>& p;
   unsigned first;  // vector
   int head, count;
@@ -51,7 +51,7 @@ struct Vectors {
 template <typename Number, bool kTopK>
 struct Mixed {
   using T = Number;
-  static constexpr int W = 1, head = 0, kAhead = 4;
+  static constexpr int W = 1, head = 0, kAhead = kMixedAhead;
   const Params<T>& p;
   int64_t first;
   T absent;
@@ -94,7 +94,7 @@ struct Strided {
   using T = float;
   using Raw = X;
   using RawTeacher = X;
-  static constexpr int W = 1, head = 0, kAhead = 8;
+  static constexpr int W = 1, head = 0, kAhead = kClassesAhead;
   const char *students, *teachers;
   char* grads;
   unsigned step;  // bytes from a class to the next one; unsigned: a product of 32 by 32 bits
@@ -125,7 +125,7 @@ template <typename X, typename Y>
 struct WholeVectors {
   using T = float;
   static constexpr bool kTopK = std::is_void_v<Y>;
-  static constexpr int W = kTopK ? kWidth<X> : 4, head = 0, kAhead = 2;
+  static constexpr int W = kTopK ? kWidth<X> : 4, head = 0, kAhead = kWholeVectorsAhead;
   using Raw = std::conditional_t<sizeof(X) * W == 16, uint4, uint2>;
   using RawTeacher = uint4;  // of floats
   const Params<T>& p;

@@ -6,8 +6,6 @@
 namespace sortkd {
 namespace cuda {
 
-constexpr int kBucketThreads = 512;
-
 template <typename T>
 struct BucketParams {
   LossArgs args;
@@ -65,7 +63,7 @@ struct BucketNotes {
 
 // T: float, for a student of dtype kStudent; or double, for any.
 template <typename T, Dtype kStudent>
-__global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_constant__ BucketParams<T> p) {
+__global__ void __launch_bounds__(kMixedBlock, 1) sort_kd_bucket(const __grid_constant__ BucketParams<T> p) {
   const LossArgs& args = p.args;
   const Dtype dtype = std::is_same_v<T, double> ? args.student_dtype : kStudent;
   const LossConfig& config = args.config;
@@ -76,15 +74,14 @@ __global__ void __launch_bounds__(kBucketThreads) sort_kd_bucket(const __grid_co
   unsigned* const present = reinterpret_cast<unsigned*>(shared_memory() + p.present);
   BucketNotes<T>& notes = *reinterpret_cast<BucketNotes<T>*>(present + (C + 31) / 32 + (C + 31) / 32 % 2);
   T* const small = p.small + static_cast<int64_t>(blockIdx.x) * width;
-  // f(c, x) for the thread's classes, eight loads under way at a time.
+  // f(c, x) for the thread's classes.
   const auto each = [&](auto&& at, auto&& f) {
-    constexpr int kAhead = 8;
-    for (int first = member; first < C; first += kAhead * size) {
-      T x[kAhead];
+    for (int first = member; first < C; first += kClassesAhead * size) {
+      T x[kClassesAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) x[j] = at(min(first + j * size, C - 1));
+      for (int j = 0; j < kClassesAhead; ++j) x[j] = at(min(first + j * size, C - 1));
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
+      for (int j = 0; j < kClassesAhead; ++j)
         if (first + j * size < C) f(first + j * size, x[j]);
     }
   };

@@ -48,6 +48,15 @@ constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster =
 // they read it again.
 constexpr int kGeneralBlock = 256, kMixedBlock = 384;
 
+// Threads of the labels' count, of the correction alone at most, and of the scaling; and those that a processor runs at
+// once.
+constexpr int kCountThreads = 256, kSortThreads = 512, kScaleThreads = 256, kProcessorThreads = 2048;
+
+// Loads of either side that a thread has under way where a row is read from memory, so that the blocks of a processor
+// have some 32 KiB under way: of 16 bytes; of vectors of two dtypes; of single classes whose dtype the call alone
+// knows, and which the compiler knows.
+constexpr int kVectorsAhead = 1, kWholeVectorsAhead = 2, kMixedAhead = 4, kClassesAhead = 8;
+
 // Classes of a row of Kind::Columns: up to 8 warps a block, which take 97 KiB at most where some devices have 99.
 constexpr int kMostColumnClasses = 256;
 
@@ -151,8 +160,8 @@ inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, co
       static_cast<int64_t>(device.processors) * (held ? std::max(kHeldWarps * 32 / shape.threads, 1) : kBlocksAProcessor);
   // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
   if (shape.held == 0)
-    most = device.processors *
-           std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1, std::max(1, 2048 / shape.threads));
+    most = device.processors * std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1,
+                                                   std::max(1, kProcessorThreads / shape.threads));
   if (overrides.blocks) most = overrides.blocks;
   const int64_t tiles = (rows + shape.rows - 1) / shape.rows;
   return static_cast<int>(std::clamp<int64_t>(most / shape.cluster, 1, std::max<int64_t>(tiles, 1))) * shape.cluster;

@@ -10,8 +10,6 @@
 namespace sortkd {
 namespace cuda {
 
-constexpr int kCountThreads = 256;
-
 // counts[b]: the rows of block b's span that count.
 __global__ void __launch_bounds__(kCountThreads)
     sort_kd_count(const int64_t* target, int64_t rows, int64_t ignore_index, unsigned* counts) {

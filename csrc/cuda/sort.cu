@@ -5,8 +5,6 @@
 namespace sortkd {
 namespace cuda {
 
-constexpr int kSortThreads = 512, kScaleThreads = 256;
-
 struct SortParams {
   int64_t rows;
   int C;
@@ -111,8 +109,8 @@ struct SortPlan {
     const int64_t most = std::max<int64_t>(args.C - 1, 1), most_room = overrides.list_room ? overrides.list_room : kListRoom;
     room = static_cast<int>(std::min(most, most_room));
     blocks = static_cast<int>(
-        std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * 2048 / threads_of(args.C), 1,
-                            std::max<int64_t>(args.rows, 1)));
+        std::clamp<int64_t>(overrides.blocks ? overrides.blocks : device().processors * kProcessorThreads / threads_of(args.C),
+                            1, std::max<int64_t>(args.rows, 1)));
     list_bytes = 2 * most * static_cast<int64_t>(sizeof(Entry<Acc<X>>));
     overflow_blocks = 0;
     if (most <= room || args.correction == Correction::None) return;
