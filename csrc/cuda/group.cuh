@@ -72,6 +72,17 @@ SORTKD_DEVICE Sums<float, n> warp_gathered(float scattered) {
   return sums;
 }
 
+// The sum over a warp's lanes up to this one, or over as many of them as have a row.
+SORTKD_DEVICE int warp_prefix(int count, int lanes = 32) {
+  const int lane = static_cast<int>(lane_id()) & (lanes - 1);
+#pragma unroll 1
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    const int lower = __shfl_up_sync(kFullMask, count, distance, lanes);
+    if (lane >= distance) count += lower;
+  }
+  return count;
+}
+
 // What block_merged takes of shared memory: a value of at most so many bytes for each thread.
 constexpr int kMergingBytes = 16;
 
@@ -199,12 +210,7 @@ struct Group {
   };
   SORTKD_DEVICE Places places_of(int count) {
     const int lanes = kind == Kind::Lanes ? size : static_cast<int>(kWarp), lane = member & (lanes - 1);
-    int last = count;
-#pragma unroll 1
-    for (int distance = 1; distance < lanes; distance *= 2) {
-      const int lower = __shfl_up_sync(kFullMask, last, distance, lanes);
-      if (lane >= distance) last += lower;
-    }
+    const int last = warp_prefix(count, lanes);
     const int own = __shfl_sync(kFullMask, last, lanes - 1, lanes);
     if constexpr (kind == Kind::Lanes) return {last - count, own};
     const Sums<int, 1>* const warps = exchanged(Sums<int, 1>{own});

@@ -113,12 +113,7 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
     if (warp == 0) {
       int own = 0;
       for (int d = 0; d < kDigits / 32; ++d) own += histogram[lane * (kDigits / 32) + d];
-      int before = own;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int lower = __shfl_up_sync(kFullMask, before, distance);
-        if (lane >= distance) before += lower;
-      }
-      before -= own;
+      int before = warp_prefix(own) - own;
       for (int d = 0; d < kDigits / 32; ++d) {
         int& place = histogram[lane * (kDigits / 32) + d];
         const int counted = place;
@@ -194,33 +189,39 @@ struct List {
     const int at = atomicAdd(group.blocks() > 1 ? in_block(count(), 0) : count(), 1);
     if (at < places.room) put(at, value, c);
   }
-  // The classes whose value is above the threshold, in their order, by a block: each warp has a stretch of them, of which
-  // four of a thread are under way at a time. With barriers before and after.
+  // The classes whose value is above the threshold, in their order, by a block: each warp has a stretch of them, each lane
+  // eight neighbours at a time. With barriers before and after.
   template <typename F>
   SORTKD_DEVICE void collect(Group<kind>& block, int C, T threshold, F&& value_of) const {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    const int threads = static_cast<int>(blockDim.x), stretch = (C + threads - 1) / threads * 32;
-    const int begin = min(C, thread / 32 * stretch), end = min(C, begin + stretch);
-    const auto each = [&](auto&& f) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int stretch = (C + 8 * threads - 1) / (8 * threads) * (8 * 32), begin = thread / 32 * stretch;
+    const int end = min(C, begin + stretch);
+    int next = 0;
 #pragma unroll 1
-      for (int first = begin + lane; first - lane < end; first += 4 * 32) {
-        T some[4];
+    for (int pass = 0; pass < 2; ++pass) {  // counts them; puts them
+      int higher = 0;
+#pragma unroll 1
+      for (int first = begin + thread % 32 * 8; first - thread % 32 * 8 < end; first += 8 * 32) {
+        T values[8];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) some[k] = first + 32 * k < end ? value_of(first + 32 * k) : threshold;
+        for (int i = 0; i < 8; ++i) values[i] = first + i < end ? value_of(first + i) : threshold;
+        int own = 0;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) f(first + 32 * k, some[k], some[k] > threshold);
+        for (const T value : values) own += value > threshold;
+        higher += own;
+        if (pass == 0) continue;
+        const int through = warp_prefix(own);
+        int at = next + through - own;
+        next += __shfl_sync(kFullMask, through, 31);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (values[i] > threshold) put(at++, values[i], first + i);
       }
-    };
-    int above = 0;
-    each([&](int, T, bool is_above) { above += is_above; });
-    const auto places = block.places_of(above);
-    int next = __shfl_sync(kFullMask, places.first, 0);
-    each([&](int c, T value, bool is_above) {
-      const unsigned all = __ballot_sync(kFullMask, is_above);
-      if (is_above) put(next + __popc(all & ((1u << lane) - 1)), value, c);
-      next += __popc(all);
-    });
-    if (thread == 0) *count() = places.all;
+      if (pass == 1) break;
+      const auto places = block.places_of(higher);
+      next = __shfl_sync(kFullMask, places.first, 0);
+      if (thread == 0) *count() = places.all;
+    }
     __syncthreads();
   }
   // The value that the correction gives to an entry: of those above the label, each takes the next one's.

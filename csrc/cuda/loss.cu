@@ -268,7 +268,8 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
 }
 
 template <typename T>
-cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
+cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Shape& shape, Mode mode, const Launch& launch,
+                   const Params<T>& p, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     if (plan.vectors) {
       Params<T> q = p;
@@ -276,12 +277,12 @@ cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Launch& laun
       q.student = static_cast<const char*>(p.student) - bytes;
       q.teacher = static_cast<const char*>(p.teacher) - bytes;
       if (p.grad) q.grad = static_cast<char*>(p.grad) - bytes;
-      if (args.student_dtype == Dtype::Float) return launch_rows<float>(plan.shape, plan.mode, launch, q, stream);
-      if (args.student_dtype == Dtype::BFloat16) return launch_rows<BFloat16>(plan.shape, plan.mode, launch, q, stream);
-      return launch_rows<Half>(plan.shape, plan.mode, launch, q, stream);
+      if (args.student_dtype == Dtype::Float) return launch_rows<float>(shape, mode, launch, q, stream);
+      if (args.student_dtype == Dtype::BFloat16) return launch_rows<BFloat16>(shape, mode, launch, q, stream);
+      return launch_rows<Half>(shape, mode, launch, q, stream);
     }
   }
-  return launch_mixed<T>(plan.shape, plan.mode, launch, p, stream);
+  return launch_mixed<T>(shape, mode, launch, p, stream);
 }
 
 template <typename T>
@@ -302,7 +303,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
   const Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
-  const cudaError_t error = launch(plan, args, on_rows, p, stream);
+  const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.ticket = p.reduced ? plan.ticket : nullptr;
   p.partials_before = p.groups;
@@ -312,7 +313,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
   const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
-  return launch_mixed<T>(plan.rest, Mode::General, on_rest, p, stream);
+  return launch(plan, args, plan.rest, Mode::General, on_rest, p, stream);
 }
 
 }  // namespace

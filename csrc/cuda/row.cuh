@@ -76,8 +76,9 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many.
-  static constexpr int kRaw = kHeld > 0 ? kHeld : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
+  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many, with long lists
+  // for one.
+  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 1 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
   // f(g, j): vector g of the thread, in raw_s[j] and raw_t[j]; then(first) after every kRaw of them.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
@@ -290,7 +291,7 @@ struct Row {
       else
         teacher_label = counts ? access.teacher(y) : T(0);
       threshold = teacher_label + p.over_label;
-      if constexpr (kLong) list.collect(group, live, threshold, [&](int c) { return access.teacher(c); });
+      if constexpr (kLong) list.collect(group, counts ? p.C : 0, threshold, [&](int c) { return access.teacher(c); });
 
       of_student.scale = of_teacher.scale = inverse * kBits;
       if constexpr (kGeneral) {

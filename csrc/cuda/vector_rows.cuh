@@ -13,6 +13,7 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   constexpr int kMost = kValuesHeld / V::W;
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
   const bool kd = mode == Mode::Kd, lanes = shape.kind == Kind::Lanes;
+  if (p.long_blocks) return run(sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Long>);
   if (mode == Mode::General)
     return run(lanes            ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, Lists::Short>
                : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, Lists::Short>
