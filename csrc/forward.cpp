@@ -2,12 +2,13 @@
 //
 // The checks keep memory safe for callers who reach the ops past the public functions. The user's contract, with its friendlier
 // words, is in sortkd_kernels/checks.py.
+#include <c10/core/DeviceGuard.h>
+
 #include "kernels.h"
 #include "ops.h"
 
 #if defined(SORTKD_CUDA)
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 #if defined(__linux__)
@@ -20,20 +21,12 @@ namespace {
 [[maybe_unused]] bool on_gpu(const at::Tensor& t) { return t.device().type() == kCudaKernelsOn; }
 
 #if defined(SORTKD_CUDA)
-using DeviceGuard = c10::cuda::OptionalCUDAGuard;
 void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 #else
-struct DeviceGuard {
-  explicit DeviceGuard(std::optional<c10::Device>) {}
-};
 [[maybe_unused]] void check_launch(int) {}
 [[maybe_unused]] void* current_stream() { return nullptr; }
 #endif
-
-DeviceGuard guard_of(const at::Tensor& t) {
-  return DeviceGuard(t.is_cuda() ? std::optional<c10::Device>(t.device()) : std::nullopt);
-}
 
 Dtype dtype_of(const at::Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -124,7 +117,7 @@ LossResult forward(const LossTensors& tensors, const LossConfig& config, const G
   args.student_dtype = dtype_of(student, "student");
   args.teacher_dtype = dtype_of(teacher, "teacher");
   const auto acc = student.options().dtype(args.acc_double() ? at::kDouble : at::kFloat);
-  const DeviceGuard guard = guard_of(student);
+  const c10::DeviceGuard guard(student.device());
 
   // Every tensor of logits takes the student's layout; a student without one is copied.
   const std::optional<Layout> in_memory = layout_of(student);
@@ -212,7 +205,7 @@ at::Tensor sort_logits(const at::Tensor& teacher, const at::Tensor& target, Corr
   check_logits(teacher, "teacher");
   check_beside(target, "target", teacher, teacher.sizes().slice(0, teacher.dim() - 1));
   check_indices(target, "target");
-  const DeviceGuard guard = guard_of(teacher);
+  const c10::DeviceGuard guard(teacher.device());
   const at::Tensor rows = teacher.contiguous(), labels = target.contiguous();
   at::Tensor corrected = empty_logits(rows);
   const SortArgs args{labels.numel(),
@@ -238,7 +231,7 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& given, bool 
   const std::optional<Layout> layout = layout_of(grad);
   // The kernel looks at the scalar itself: the host would have to wait for it.
   if (on_gpu(grad) && layout) {
-    const DeviceGuard guard = guard_of(grad);
+    const c10::DeviceGuard guard(grad.device());
     const at::Tensor factor = grad_output.to(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
     at::Tensor scaled = keep ? at::empty_like(grad) : grad;
     check_launch(cuda::run_scale({*layout, dtype_of(grad, "grad"), factor.const_data_ptr(), factor.dim() ? 1 : 0,

@@ -22,16 +22,21 @@ struct Layout {
   int64_t rows() const { return outer * inner; }
 };
 
-struct LossArgs {
+// Of the arguments of a loss those that every kernel takes as they are.
+struct LossInputs {
   LossConfig config;
-  Layout layout;
   Dtype student_dtype, teacher_dtype;
   const void* student;
   const void* teacher;  // [outer, C, inner]; of a top-k teacher [N, k] values, or [N, k + 2] with Tail::Bucket (cpu/bucket.h)
   const void* teacher_indices;  // [N, k], or null for a full teacher
   bool int64_indices;           // else int32
+  const int64_t* target;        // [N], each in [0, C) or ignore_index: the kernels check it
+  int32_t* rank;                // [N], or null
+};
+
+struct LossArgs : LossInputs {
+  Layout layout;
   int64_t k;
-  const int64_t* target;       // [N], each in [0, C) or ignore_index: the kernels check it
   const void* temperature;     // acc, [N] or [1], or null: config.temperature
   int64_t temperature_stride;  // 1 or 0
   const void* grad_output;     // acc, [N] or [1]: d result / d loss; null: 1
@@ -39,7 +44,6 @@ struct LossArgs {
   void* loss;                  // acc, [N] or, reduced, [1]
   void* kd;                    // acc, as loss, or null
   void* ce;                    // acc, as loss, or null
-  int32_t* rank;               // [N], or null
   void* grad_student;          // student's dtype, [outer, C, inner], may be the student itself; or null
   void* grad_temperature;      // acc [N], or null
 

@@ -130,8 +130,7 @@ def test_rows_that_are_read_twice_leave_room_for_warps(cuda_kernels):
 COMPILE = """
 import sys, torch
 from pathlib import Path
-from sortkd_kernels.backends.triton import offline
-from sortkd_kernels.ops import LossConfig
+import triton_offline as offline
 target, folder = sys.argv[1:]
 cases = [offline.Case(C, getattr(torch, dtype)) for C in (1000, 32000) for dtype in ("float32", "bfloat16")]
 # Of rows that begin anywhere and of dense logits what takes all rows: beside it there is only the sort of large ranks.
@@ -139,7 +138,7 @@ general = (("standardize", True),)
 dense = [(150, torch.float32, ()), (150, torch.float32, general), (1000, torch.float32, ()), (150, torch.float64, ())]
 first_alone = [offline.Case(101), *(offline.Case(*case, neighbours=True) for case in dense)]
 for case in cases + first_alone:
-    for i, launch in enumerate(offline.launches(case, target, LossConfig, rows=64)):
+    for i, launch in enumerate(offline.launches(case, target, rows=64)):
         if case in first_alone and i:
             break
         name = f"{case.C}-{str(case.dtype)[6:]}-{launch.kernel.__name__}-{i}-{len(case.options)}"
@@ -154,7 +153,7 @@ REGISTERS = 65536
 @pytest.mark.skipif(not TRITON_STATE.available, reason=TRITON_STATE.reason)
 @pytest.mark.parametrize("target", TARGETS)
 def test_triton_kernels(target, tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
     command = [sys.executable, "-c", COMPILE, target, tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

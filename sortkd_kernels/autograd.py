@@ -19,13 +19,13 @@ class Kernels(NamedTuple):
     """A backend as autograd needs it. Arguments and results of the forward pass: ``SCHEMA`` in :mod:`.ops`.
 
     Attributes:
-        op: the forward pass through the dispatcher, the options one by one.
-        forward: the same past the dispatcher, with the options as one tuple and ``inplace`` at the end; or None.
+        op: the forward pass through the dispatcher, the options one by one; or None, where it is PyTorch's ops.
+        forward: the same past the dispatcher, with the options as one tuple and ``inplace`` at the end.
         scale: multiplies a gradient ``[..., C]`` in place by a scalar or by one value a row; or None.
     """
 
-    op: Callable[..., tuple[Tensor, ...]]
-    forward: Callable[..., tuple[Tensor, ...]] | None = None
+    op: Callable[..., tuple[Tensor, ...]] | None
+    forward: Callable[..., tuple[Tensor, ...]]
     scale: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -102,7 +102,7 @@ def forward(
     options = config
     if row_scale is not None:
         grad_output, options = row_scale, config._replace(reduction=0)
-    if kernels.forward is None or not _has_values(*tensors, grad_output):
+    if kernels.op is not None and not _has_values(*tensors, grad_output):
         results = kernels.op(*tensors, *options, grad_output, grad_student, grad_temperature)
     else:
         if inplace:

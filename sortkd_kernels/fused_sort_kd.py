@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops, vocab_parallel
+from . import autograd, backends, checks, ops, vocab_parallel
 
 _REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {
     "batchmean": checks.REDUCTIONS.index("mean")
@@ -351,7 +351,8 @@ def _loss_over_ranks(
     except (TypeError, ValueError):
         vocab_parallel.refuse(group, student)
         raise
-    parts = vocab_parallel.loss(group, student, teacher, target, learned, row_scale, config, inplace)
+    kernels = vocab_parallel.kernels(group)
+    parts = autograd.loss(kernels, student, teacher, None, target, learned, row_scale, config, inplace)
     return SortKDOutput(*parts) if config.parts else parts[0]
 
 

@@ -33,23 +33,9 @@ _NUMBERS_A_CLASS = 8
 _BYTES_AN_ENTRY = 100
 
 
-def loss(
-    group: Any, student: Tensor, teacher: Tensor, target: Tensor, temperature: Tensor | None, row_scale: Tensor | None,
-    config: ops.LossConfig, inplace: bool,
-) -> autograd.Parts:  # fmt: skip
-    """``(loss, kd, ce, rank)`` of this rank's classes ``[..., C_r]``, differentiable: a backend's place in ``ops``."""
-    return autograd.loss(kernels(group), student, teacher, None, target, temperature, row_scale, config, inplace)
-
-
 def kernels(group: Any) -> autograd.Kernels:
     """The backend that a process group is."""
-    run: Any = functools.partial(forward, group)
-
-    # Reached under a mode that wants to see the ops, such as a counter of collectives.
-    def op(*arguments: Any) -> tuple[Tensor, ...]:
-        return run(*arguments[:5], ops.LossConfig(*arguments[5:-3]), *arguments[-3:])
-
-    return autograd.Kernels(op, run, _scale)
+    return autograd.Kernels(None, functools.partial(forward, group), _scale)
 
 
 def forward(
@@ -121,21 +107,14 @@ def forward(
     )
 
 
-class Shards(NamedTuple):
-    """The process group of a call and this rank's part of its tensors."""
-
-    group: Any
-    student: Tensor
-    teacher: Tensor
-    target: Tensor
-
-
 def is_sharded(student: Any) -> bool:
     """Whether these logits are a DTensor; importing nothing to find out."""
     return type(student) is not Tensor and hasattr(student, "device_mesh")
 
 
-def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any, class_dim: int) -> Shards:
+def shards(
+    fn: str, student: Any, teacher: Any, target: Any, process_group: Any, class_dim: int
+) -> tuple[Any, Tensor, Tensor, Tensor]:
     """``process_group`` and its slices as they are, or those of DTensors sharded over their classes.
 
     Raises:
@@ -152,7 +131,7 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
                 f"{fn}: expected process_group to be a torch.distributed.ProcessGroup, "
                 f"got {type(process_group).__name__}"
             )
-        return Shards(process_group, student, teacher, target)
+        return process_group, student, teacher, target
     if process_group is not None:
         raise ValueError(f"{fn}: expected process_group=None beside a DTensor, whose mesh has the group; got both")
     from torch.distributed.tensor import DTensor, Shard
@@ -184,7 +163,7 @@ def shards(fn: str, student: Any, teacher: Any, target: Any, process_group: Any,
     if not (mesh.mesh.diff(dim=split[0]) > 0).all():
         # A group numbers its ranks in ascending order, and slices go by that number.
         raise ValueError(f"{fn}: expected a mesh whose ranks ascend along the classes, got {mesh}")
-    return Shards(mesh.get_group(split[0]), student.to_local(), teacher.to_local(), target)
+    return mesh.get_group(split[0]), student.to_local(), teacher.to_local(), target
 
 
 # ---- What the ranks must agree on ----------------------------------------------------------------------------------

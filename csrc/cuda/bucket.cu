@@ -1,6 +1,4 @@
 // Tail::Bucket: a block a row, which it reads from memory twice. What is computed, and why: ../cpu/bucket.h.
-#include <climits>
-
 #include "loss.h"
 
 namespace sortkd {
@@ -39,20 +37,6 @@ struct LogSum {
     return {__shfl_xor_sync(kFullMask, top, offset), __shfl_xor_sync(kFullMask, sum, offset)};
   }
   SORTKD_DEVICE T log() const { return sum == T(0) ? -kInfinity<T> : top + std::log(sum); }
-};
-
-template <typename T>
-struct LargestTwo {
-  T student, teacher;
-  int first;  // the smallest
-  static SORTKD_DEVICE LargestTwo none() { return {-kInfinity<T>, -kInfinity<T>, INT_MAX}; }
-  SORTKD_DEVICE void merge(const LargestTwo& x) {
-    student = max(student, x.student), teacher = max(teacher, x.teacher), first = min(first, x.first);
-  }
-  SORTKD_DEVICE LargestTwo shuffled_xor(int offset) const {
-    return {__shfl_xor_sync(kFullMask, student, offset), __shfl_xor_sync(kFullMask, teacher, offset),
-            __shfl_xor_sync(kFullMask, first, offset)};
-  }
 };
 
 // Of a row, for all of its block.
@@ -106,18 +90,16 @@ __global__ void __launch_bounds__(kMixedBlock, 1) sort_kd_bucket(const __grid_co
     const auto teacher = [&](int j) { return element<T>(args.teacher, args.teacher_dtype, row * width + j); };
     for (int w = member; w < (C + 31) / 32; w += size) present[w] = 0;
     __syncthreads();
-    LargestTwo<T> found = LargestTwo<T>::none();
-    found.first = k;
+    Largest<int> found{};  // k - j of the label's first entry j
     for (int j = member; j < k; j += size) {
       const int64_t c = indices[j];
       assert(c >= 0 && c < C && "a teacher index is outside [0, C)");
       atomicOr(present + c / 32, 1u << (c % 32));
       small[j] = at(static_cast<int>(c));
-      if (c == label) found.first = min(found.first, j);
+      if (c == label) found.student = max(found.student, k - j);
     }
     if (member == 0) atomicOr(present + label / 32, 1u << (label % 32));
-    found = group.merged(found);
-    int place = found.first;  // of the label among the k + 2
+    int place = k - group.merged(found).student;  // of the label among the k + 2
     const T of_label = at(static_cast<int>(label));
 
     // The classes outside; then also the k; the label apart.
@@ -146,12 +128,12 @@ __global__ void __launch_bounds__(kMixedBlock, 1) sort_kd_bucket(const __grid_co
     T temperature = static_cast<T>(config.temperature);
     if (args.temperature) temperature = static_cast<const T*>(args.temperature)[row * args.temperature_stride];
     const T inverse = T(1) / temperature;
-    found = LargestTwo<T>::none();
+    Largest<T> largest = Largest<T>::none();
     for (int j = member; j < width; j += size)
-      if (j != place) found.merge({small[j], teacher(j), 0});
-    found = group.merged(found);
-    const T top_s = found.student == -kInfinity<T> ? T(0) : found.student;
-    const T top_t = found.teacher == -kInfinity<T> ? T(0) : found.teacher;
+      if (j != place) largest.student = max(largest.student, small[j]), largest.add(teacher(j));
+    largest = group.merged(largest);
+    const T top_s = largest.student == -kInfinity<T> ? T(0) : largest.student;
+    const T top_t = largest.teacher == -kInfinity<T> ? T(0) : largest.teacher;
     Sums<double, 6> sums{};
     for (int j = member; j < width; j += size) {
       if (j == place) continue;

@@ -28,6 +28,26 @@ struct Sums {
   static SORTKD_DEVICE Sums none() { return {}; }
 };
 
+// Of integers the largest is at least 0.
+template <typename T>
+struct Largest {
+  T student, teacher, second;  // `second`: of the teacher, the next largest
+  SORTKD_DEVICE void add(T t) {
+    second = max(second, min(teacher, t));
+    teacher = max(teacher, t);
+  }
+  SORTKD_DEVICE void merge(const Largest& other) {
+    student = max(student, other.student);
+    second = max(max(second, other.second), min(teacher, other.teacher));
+    teacher = max(teacher, other.teacher);
+  }
+  SORTKD_DEVICE Largest shuffled_xor(int offset) const {
+    return {__shfl_xor_sync(kFullMask, student, offset), __shfl_xor_sync(kFullMask, teacher, offset),
+            __shfl_xor_sync(kFullMask, second, offset)};
+  }
+  static SORTKD_DEVICE Largest none() { return {-kInfinity<T>, -kInfinity<T>, -kInfinity<T>}; }
+};
+
 // What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns, and for each warp (and
 // lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
 constexpr int kPartialBytes = 64, kMbarrierBytes = 2 * sizeof(Mbarrier);
@@ -110,7 +130,6 @@ SORTKD_DEVICE V block_merged(const V& value, char* shared, int count) {
 
 template <Kind kind>
 struct Group {
-  static constexpr Kind kKind = kind;
   int size;         // threads of the row
   int member;       // this one among them
   int slot;         // the row's place among the block's

@@ -180,16 +180,10 @@ struct Plan {
   Params<T> params(const LossArgs& args) const {
     const LossConfig& config = args.config;
     const int64_t C = args.layout.C;
-    Params<T> p{};
+    Params<T> p{args};
     p.rows = args.layout.rows();
     p.inner = args.layout.inner;
     p.C = static_cast<int>(C);
-    p.student_dtype = args.student_dtype;
-    p.teacher_dtype = args.teacher_dtype;
-    p.student = args.student;
-    p.teacher = args.teacher;
-    p.teacher_indices = args.teacher_indices;
-    p.int64_indices = args.int64_indices;
     p.k = static_cast<int>(args.k);
     p.grad = args.grad_student;
     p.inplace = args.grad_student == args.student;
@@ -197,7 +191,6 @@ struct Plan {
     p.scalar_grads = apart && args.grad_student ? p.C : 0;
     p.aligned = aligned;
     p.shift = static_cast<unsigned>(reinterpret_cast<uintptr_t>(args.student) % 16 / bytes_of(args.student_dtype));
-    p.target = args.target;
     p.ignored = config.ignore_index >= 0 && config.ignore_index < C ? static_cast<int>(config.ignore_index) : -1;
     p.temperature = static_cast<const T*>(args.temperature);
     p.temperature_stride = static_cast<int>(args.temperature_stride);
@@ -206,8 +199,6 @@ struct Plan {
     p.grad_output = static_cast<const T*>(args.grad_output);
     p.grad_output_stride = static_cast<int>(args.grad_output_stride);
     p.grad_temperature = static_cast<T*>(args.grad_temperature);
-    p.rank = args.rank;
-    p.config = config;
     p.over_label = config.correction != Correction::None || args.rank ? T(0) : std::numeric_limits<T>::infinity();
     p.decoupled = config.decoupled();
     p.with_ce = config.with_ce();

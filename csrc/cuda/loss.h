@@ -17,21 +17,15 @@ enum class Mode { Kd, KdCe, General };
 enum class Lists { Short, Long, TopK };
 
 template <typename T>
-struct Params {
+struct Params : LossInputs {
   int64_t rows, inner;
   int C;
-  Dtype student_dtype, teacher_dtype;  // for rows whose dtype is known to the call alone
-  const void* student;
-  const void* teacher;
-  const void* teacher_indices;
-  bool int64_indices;
   int k;
   void* grad;
-  bool inplace;      // over the student's logits
-  int scalar_grads;  // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
-  bool aligned;      // whether each row begins and ends at such a multiple
-  unsigned shift;    // classes from one to the first row
-  const int64_t* target;
+  bool inplace;          // over the student's logits
+  int scalar_grads;      // C where it begins elsewhere between multiples of 16 bytes than the rows do, else 0
+  bool aligned;          // whether each row begins and ends at such a multiple
+  unsigned shift;        // classes from one to the first row
   int ignored;           // the class that is ignored; -1: none of them
   const T* temperature;  // or null: temperature_value
   int temperature_stride;
@@ -39,9 +33,7 @@ struct Params {
   const T* grad_output;
   int grad_output_stride;
   T* grad_temperature;
-  int32_t* rank;
 
-  LossConfig config;
   T kd_weight, ce_weight, alpha, beta;  // of `config`, in the arithmetic's type
   T over_label;                         // infinity where no class is above the label, else 0
   bool decoupled, with_ce, moments;

@@ -16,25 +16,6 @@
 namespace sortkd {
 namespace cuda {
 
-template <typename T>
-struct Largest {
-  T student, teacher, second;  // `second`: of the teacher, the next largest
-  SORTKD_DEVICE void add(T t) {
-    second = max(second, min(teacher, t));
-    teacher = max(teacher, t);
-  }
-  SORTKD_DEVICE void merge(const Largest& other) {
-    student = max(student, other.student);
-    second = max(max(second, other.second), min(teacher, other.teacher));
-    teacher = max(teacher, other.teacher);
-  }
-  SORTKD_DEVICE Largest shuffled_xor(int offset) const {
-    return {__shfl_xor_sync(kFullMask, student, offset), __shfl_xor_sync(kFullMask, teacher, offset),
-            __shfl_xor_sync(kFullMask, second, offset)};
-  }
-  static SORTKD_DEVICE Largest none() { return {-kInfinity<T>, -kInfinity<T>, -kInfinity<T>}; }
-};
-
 // What the logits of a side are turned into: exponents of two.
 template <typename T, Mode mode>
 struct Exponent {
@@ -180,7 +161,7 @@ struct Row {
         if (!is_present(c)) moved.student = max(moved.student, last ? c : p.C - c);
       moved = group.merged(moved);
       const int c = last ? moved.student : p.C - moved.student;
-      if (moved.student >= 0 && group.member == 0) {
+      if (group.member == 0) {
         set_present(c);
         list.append(access.absent, c);
       }
@@ -603,6 +584,12 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
   }
   if (p.reduced && group.keeps_list()) reduce(p, rows, group.index());
   group.close();
+}
+
+// The kernel of a mode that is not general.
+template <class A, Kind kKind, int kHeld, Lists kLists>
+auto kd_rows(Mode mode) {
+  return mode == Mode::Kd ? sort_kd_rows<A, kKind, kHeld, Mode::Kd, kLists> : sort_kd_rows<A, kKind, kHeld, Mode::KdCe, kLists>;
 }
 
 }  // namespace cuda

@@ -9,36 +9,22 @@ template <typename T>
 cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   const auto run = [&](void (*kernel)(Params<T>)) { return launch_kernel(kernel, launch, p, stream); };
   if constexpr (std::is_same_v<T, float>) {
-    const auto hot = [&](auto kd_kernel, auto kd_ce_kernel) { return run(mode == Mode::Kd ? kd_kernel : kd_ce_kernel); };
     const auto with_student = [&](auto&& f) {
       return p.student_dtype == Dtype::Float ? f(float{}) : p.student_dtype == Dtype::Half ? f(Half{}) : f(BFloat16{});
     };
-    const auto columns = [&](auto access) {
-      using A = decltype(access);
-      return hot(sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::Kd, Lists::Short>,
-                 sort_kd_rows<typename A::type, Kind::Columns, 0, Mode::KdCe, Lists::Short>);
-    };
-    const auto top_k = [&](auto x) {
-      using V = WholeVectors<decltype(x), void>;
-      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::TopK>,
-                 sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::TopK>);
-    };
+    const auto strided = [&](auto x) { return run(kd_rows<Strided<decltype(x)>, Kind::Columns, 0, Lists::Short>(mode)); };
+    const auto top_k = [&](auto x) { return run(kd_rows<WholeVectors<decltype(x), void>, Kind::Block, 0, Lists::TopK>(mode)); };
     const auto two_dtypes = [&](auto x) {
       using V = WholeVectors<decltype(x), float>;
-      constexpr int kMost = kValuesHeld / V::W;
-      if (shape.kind == Kind::Lanes)
-        return hot(sort_kd_rows<V, Kind::Lanes, kMost, Mode::Kd, Lists::Short>,
-                   sort_kd_rows<V, Kind::Lanes, kMost, Mode::KdCe, Lists::Short>);
-      return hot(sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::Short>,
-                 sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::Short>);
+      if (shape.kind == Kind::Lanes) return run(kd_rows<V, Kind::Lanes, kValuesHeld / V::W, Lists::Short>(mode));
+      return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
     };
     if (p.long_blocks) return run(sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Long>);
     if (shape.kind == Kind::Columns && mode == Mode::General)
       return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, Lists::Short>);
     if (shape.kind == Kind::Columns && p.student_dtype != p.teacher_dtype)
-      return columns(std::type_identity<Mixed<T, false>>{});
-    if (shape.kind == Kind::Columns)
-      return with_student([&](auto x) { return columns(std::type_identity<Strided<decltype(x)>>{}); });
+      return run(kd_rows<Mixed<T, false>, Kind::Columns, 0, Lists::Short>(mode));
+    if (shape.kind == Kind::Columns) return with_student(strided);
     if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
     if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
   }

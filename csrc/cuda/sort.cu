@@ -6,33 +6,30 @@ namespace sortkd {
 namespace cuda {
 
 struct SortParams {
-  int64_t rows;
-  int C;
-  Correction correction;
-  const int64_t* target;
-  int64_t ignore_index;
+  SortArgs args;
   ListPlaces list;
   int32_t* overflow;  // the entries of a row that has no room for them, else 0
 };
 
 // A block a row. The class's values first as they are, then those of the list over them.
 template <typename X>
-SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group, const X* in, X* out, int64_t row) {
+SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group, int64_t row) {
   using T = Acc<X>;
-  const X* const from = in + row * p.C;
-  X* const to = out + row * p.C;
+  const int C = static_cast<int>(p.args.C);
+  const X* const from = static_cast<const X*>(p.args.teacher) + row * C;
+  X* const to = static_cast<X*>(p.args.corrected) + row * C;
   List<T, Kind::Block, true> list(p.list, group, p.list.in_device ? p.overflow[row] : 0);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int64_t label = p.target[row];
-  const bool counts = label != p.ignore_index;
-  assert((!counts || (label >= 0 && label < p.C)) && "a label is outside [0, C)");
+  const int64_t label = p.args.target[row];
+  const bool counts = label != p.args.ignore_index;
+  assert((!counts || (label >= 0 && label < C)) && "a label is outside [0, C)");
   const T label_value = counts ? widened(from[label]) : T(0);
   list.clear();
   __syncthreads();
-  const bool moves = counts && p.correction != Correction::None;
-  if (moves && list.own) list.collect(group, p.C, label_value, [&](int c) { return widened(from[c]); });
+  const bool moves = counts && p.args.correction != Correction::None;
+  if (moves && list.own) list.collect(group, C, label_value, [&](int c) { return widened(from[c]); });
   bool broken = false;
-  for (int c = thread; c < p.C; c += threads) {
+  for (int c = thread; c < C; c += threads) {
     const X x = from[c];
     const T value = widened(x);
     broken |= value != value;
@@ -44,14 +41,14 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group,
   const int n = *list.count();
   if (!p.list.in_device && p.overflow && thread == 0) p.overflow[row] = n > p.list.room ? n : 0;
   if (broken) {
-    for (int c = thread; c < p.C; c += threads) to[c] = narrowed<X>(std::numeric_limits<float>::quiet_NaN());
+    for (int c = thread; c < C; c += threads) to[c] = narrowed<X>(std::numeric_limits<float>::quiet_NaN());
     return;
   }
   if (n == 0 || n > p.list.room) return;
   list.put_in_order(n, list.own);
   __syncthreads();
   if (thread == 0) to[label] = narrowed<X>(list[0].value());
-  if (p.correction == Correction::Swap) {
+  if (p.args.correction == Correction::Swap) {
     if (thread == 0) to[list[0].c()] = narrowed<X>(label_value);
     return;
   }
@@ -59,11 +56,11 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group,
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kSortThreads, 2) sort_kd_logits(const __grid_constant__ SortParams p, const X* in, X* out) {
+__global__ void __launch_bounds__(kSortThreads, 2) sort_kd_logits(const __grid_constant__ SortParams p) {
   Group<Kind::Block> group(0, 1);
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < p.args.rows; row += gridDim.x) {
     if (p.list.in_device && !p.overflow[row]) continue;
-    corrected_row(p, group, in, out, row);
+    corrected_row<X>(p, group, row);
     __syncthreads();  // the next row takes this one's list
   }
 }
@@ -127,12 +124,9 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   const SortPlan<X> plan(args, scratch);
   if (args.rows == 0) return cudaSuccess;
   const int threads = threads_of(args.C);
-  SortParams p{args.rows,    static_cast<int>(args.C), args.correction,
-               args.target,  args.ignore_index,        {0, 16, 16, 0, 0, plan.room, nullptr, 0},
-               plan.overflow};
+  SortParams p{args, {0, 16, 16, 0, 0, plan.room, nullptr, 0}, plan.overflow};
   const auto launch = [&](int blocks, size_t shared_bytes) {
-    SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p, static_cast<const X*>(args.teacher),
-                  static_cast<X*>(args.corrected));
+    SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p);
   };
   launch(plan.blocks, 16 + plan.room * sizeof(Entry<Acc<X>>));
   if (plan.overflow_blocks) {

@@ -12,25 +12,18 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   using V = Vectors<X>;
   constexpr int kMost = kValuesHeld / V::W;
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
-  const bool kd = mode == Mode::Kd, lanes = shape.kind == Kind::Lanes;
+  const bool lanes = shape.kind == Kind::Lanes;
   if (p.long_blocks) return run(sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Long>);
   if (mode == Mode::General)
     return run(lanes            ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, Lists::Short>
                : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, Lists::Short>
                                 : sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>);
-  if (shape.held == 0)
-    return run(kd ? sort_kd_rows<V, Kind::Block, 0, Mode::Kd, Lists::Short>
-                  : sort_kd_rows<V, Kind::Block, 0, Mode::KdCe, Lists::Short>);
-  const auto held = [&](auto kd_kernel, auto kd_ce_kernel) { return run(kd ? kd_kernel : kd_ce_kernel); };
-  if (!lanes)
-    return held(sort_kd_held<X, Kind::Block, kMost, -1, Mode::Kd>, sort_kd_held<X, Kind::Block, kMost, -1, Mode::KdCe>);
-  if (shape.held == 1)
-    return held(sort_kd_held<X, Kind::Lanes, 1, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, 1, -1, Mode::KdCe>);
-  if (shape.held < kMost)
-    return held(sort_kd_held<X, Kind::Lanes, 4, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, 4, -1, Mode::KdCe>);
-  if (shape.lanes < 32)
-    return held(sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::Kd>, sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::KdCe>);
-  return held(sort_kd_held<X, Kind::Lanes, kMost, 5, Mode::Kd>, sort_kd_held<X, Kind::Lanes, kMost, 5, Mode::KdCe>);
+  if (shape.held == 0) return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
+  if (!lanes) return run(kd_held<X, Kind::Block, kMost, -1>(mode));
+  if (shape.held == 1) return run(kd_held<X, Kind::Lanes, 1, -1>(mode));
+  if (shape.held < kMost) return run(kd_held<X, Kind::Lanes, 4, -1>(mode));
+  if (shape.lanes < 32) return run(kd_held<X, Kind::Lanes, kMost, -1>(mode));
+  return run(kd_held<X, Kind::Lanes, kMost, 5>(mode));
 }
 
 }  // namespace cuda

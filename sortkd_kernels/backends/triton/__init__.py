@@ -11,7 +11,6 @@
 | `order.py`      | the classes above a label, sorted                                              |
 | `row_math.py`   | a row's sums, loss terms and gradient                                          |
 | `row_io.py`     | a row's place in memory, its label, the sum of all rows' terms                 |
-| `offline.py`    | the launches compiled on a machine without a GPU                               |
 """
 
 from __future__ import annotations

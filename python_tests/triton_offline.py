@@ -1,4 +1,4 @@
-"""The backend's launches compiled on a machine without a GPU, for what the compiled form shows.
+"""The Triton backend's launches compiled on a machine without a GPU, for what the compiled form shows.
 
 They are recorded, on tensors that nobody touches, and compiled as the JIT would compile them, so Triton must not
 interpret in this process.
@@ -15,8 +15,8 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import choices
-from .launch import loss_forward, scale_gradient, sort_logits
+from sortkd_kernels.backends.triton import choices, loss_forward, scale_gradient, sort_logits
+from sortkd_kernels.ops import LossConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,7 +85,7 @@ def record(call: Callable[[], Any]) -> list[Recorded]:
     return found
 
 
-def launches(case: Case, target: str, Options: type, rows: int = 64) -> list[Recorded]:
+def launches(case: Case, target: str, rows: int = 64) -> list[Recorded]:
     """The launches of a case for one target: the loss with its gradient, the rescaling, the correction alone."""
     logits = torch.empty(rows, case.C, dtype=case.dtype)
     if case.neighbours:
@@ -93,7 +93,8 @@ def launches(case: Case, target: str, Options: type, rows: int = 64) -> list[Rec
     labels = torch.zeros(rows, dtype=torch.int64)
 
     def step() -> None:
-        gradient = loss_forward(logits, logits, None, labels, None, Options(**dict(case.options)), None, True, False)[4]
+        config = LossConfig(**dict(case.options))
+        gradient = loss_forward(logits, logits, None, labels, None, config, None, True, False)[4]
         scale_gradient(gradient, torch.ones(()))
         sort_logits(logits, labels, 1, -100)
 
