@@ -56,7 +56,7 @@ SORTKD_DEVICE void corrected_row(const SortParams& p, Group<Kind::Block>& group,
 }
 
 template <typename X>
-__global__ void __launch_bounds__(kSortThreads, 2) sort_kd_logits(const __grid_constant__ SortParams p) {
+__global__ void __launch_bounds__(kSortThreads, sizeof(X) == 8 ? 1 : 2) sort_kd_logits(const __grid_constant__ SortParams p) {
   Group<Kind::Block> group(0, 1);
   for (int64_t row = blockIdx.x; row < p.args.rows; row += gridDim.x) {
     if (p.list.in_device && !p.overflow[row]) continue;
