@@ -172,6 +172,20 @@ def test_masked_classes_and_labels(backend, mask, C):
         torch.testing.assert_close(got.grad.double(), want.grad.double(), rtol=1e-5, atol=4e-6)
 
 
+@pytest.mark.parametrize("temperature", (2.0, 2.5))
+@EVERY_BACKEND
+def test_a_row_that_masks_all_but_the_label(backend, temperature):
+    """By the least number there is, whose difference from the label's logit times log2(e) would be none."""
+    student = torch.full((1, 9), torch.finfo(F32).min)
+    student[0, 5] = 1.0
+    teacher, target = student.clone(), torch.tensor([5])
+    student.requires_grad_()
+    loss = fused_sort_kd(student, teacher, target, temperature=temperature, ce_weight=0.5, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    torch.testing.assert_close(student.grad, torch.zeros(1, 9))
+
+
 @EVERY_BACKEND
 def test_a_class_impossible_for_the_student_alone_costs_infinity(backend):
     """The formula's own value: p' > 0 where q = 0. The gradient there is -T p', not NaN."""

@@ -448,15 +448,18 @@ struct Row {
         KdTerms terms = kd_terms(p, r, weight, temperature, inverse);
         if constexpr (kGeneral) {
           if (p.config.standardize && statistics.std > 0.0f) {  // as gradient_coefficients
+            // Relative to a mean: the gradients sum to 0 but for roundings, and what exponents are relative to may be far.
+            const float mean_s = mean_of(sum(4), sum(0));
+            const float mean_t = mean_of(static_cast<float>(sums.of[5] - sums.of[2]), sum(1));
             const float u_dot_grad =
-                (terms.on_student * sum(4) - terms.on_teacher * (sum(5) - sum(2)) + expected(terms.at_label, r.u_label)) *
+                (terms.on_teacher * sum(1) * (mean_s - mean_t) + expected(terms.at_label, r.u_label - mean_s)) *
                 static_cast<float>(kLn2);
             on.dstd = u_dot_grad / (inverse * static_cast<float>(p.C - 1) * statistics.std *
                                     (statistics.std + static_cast<float>(kStandardizeEps)));
           }
           if (p.with_ce) {
-            const float u = (student_label - ce_reference) * kBits, shift = u > -1.0f ? u : 0.0f;
-            add_ce(terms, u - shift, power_of_two(u - shift), power_of_two(-shift), sum(3), weight * p.ce_weight);
+            const float u = student_label - ce_reference, shift = u > -1.0f ? u : 0.0f, rest = (u - shift) * kBits;
+            add_ce(terms, rest, power_of_two(rest), power_of_two(-shift * kBits), sum(3), weight * p.ce_weight);
           }
         }
         kd = terms.kd, ce = terms.ce;
@@ -576,7 +579,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
         if (kLong && !(marks[i / 32] >> (i % 32) & 1)) continue;
         const int64_t row = (first + step * i) * rows + group.slot;
         if (kKind == Kind::Block && p.overflow && !kLong && group.member == 0) p.overflow[row] = 0;
-        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : p.C;
+        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : p.C - 1;
         Row<A, kKind, kHeld, kMode, kLists> loss(p, group, row, row < p.rows, expected);
         loss.run(row, count);
       }
