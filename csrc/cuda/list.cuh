@@ -147,7 +147,7 @@ struct ListPlaces {
   int counts, entries, histogram, notes,
       present;      // bytes from the start of shared memory; of a top-k teacher `present`
   int room;         // entries of a list
-  char* in_device;  // for each block two lists of so many entries, in a launch for long lists; else null
+  char* in_device;  // for each block two lists of so many entries, in a launch whose lists may be long; else null
   int long_room;    // entries of two lists in shared memory, in such a launch
 };
 
@@ -155,9 +155,9 @@ template <typename T, Kind kind, bool kMayBeInDevice>
 struct List {
   const ListPlaces& places;
   const Group<kind>& group;
-  Entry<T>*own, *spare;  // in a launch for long lists: where the entries are, and room for as many
+  Entry<T>*own, *spare;  // in a launch whose lists may be long: where the entries are, and room for as many
 
-  // `expected`: the entries of a list of such a launch.
+  // `expected`: the most entries that a list of such a launch has.
   SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group, int expected = 0)
       : places(places), group(group), own(nullptr), spare(nullptr) {
     if constexpr (kMayBeInDevice) {

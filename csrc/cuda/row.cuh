@@ -51,7 +51,7 @@ struct Row {
   Exponent<T, kMode> of_student, of_teacher;
   T ce_reference;
 
-  // `expected`: entries of its list, in a launch for long lists.
+  // `expected`: the most entries of its list, in a launch whose lists may be long.
   SORTKD_DEVICE Row(const Params<T>& p, Group<kKind>& group, int64_t row, bool here, int expected)
       : p(p), group(group), list(p.list, group, expected), access(p, here ? row : 0), here(here) {}
 

@@ -1,5 +1,5 @@
 // The kernels of all other rows: of two dtypes and of top-k teachers in whole vectors; and, read from memory twice a class
-// at a time, doubles, what has no whole vectors, classes that lie apart, and rows whose list is in device memory.
+// at a time, classes that lie apart, doubles, and what has no whole vectors.
 #include "row.cuh"
 
 namespace sortkd {
