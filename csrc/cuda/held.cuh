@@ -487,6 +487,7 @@ __global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowB
   group.close();
 }
 
+// The kernel of a mode that is not general.
 template <class X, Kind kKind, int kHeld, int kLogLanes>
 auto kd_held(Mode mode) {
   return mode == Mode::Kd ? sort_kd_held<X, kKind, kHeld, kLogLanes, Mode::Kd>
