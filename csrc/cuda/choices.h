@@ -64,6 +64,10 @@ constexpr int kMostColumnClasses = 256;
 // rows far below; the others go to a launch of their own.
 constexpr int kListRoom = 2048;
 
+// Entries of a lane whose row has its list beside the logits of the next one, which then need not wait; longer lists of
+// rows of lanes take the place of these logits.
+constexpr int kNearEntries = 4;
+
 // Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
 // entries where it has 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
@@ -80,8 +84,9 @@ constexpr int kRowsACounter = 8192, kMostCounters = 64;
 // enough that one block adds up their sums in a microsecond.
 constexpr int kHeldWarps = 16, kBlocksAProcessor = 16;
 
-// Of the scaling kernel, which mostly looks at one number and ends: as many as run at once.
-constexpr int kScaleBlocks = 8;
+// Of the scaling kernel, which mostly looks at one number and ends: few, and loads of a thread that are under way, 32 KiB a
+// processor.
+constexpr int kScaleBlocks = 2, kScaleAhead = 4;
 
 // What is asked of the runtime once a device.
 struct Device {
@@ -103,6 +108,12 @@ struct Shape {
   int rows;  // of a block
 };
 
+// Shared memory of a block that holds a row, at most: the next row's vectors of both sides, what reductions take, the list,
+// and a little.
+inline int held_bytes(const Shape& shape) {
+  return shape.threads * (32 * shape.held + 4 * shape.cluster) + kListRoom * 8 + 1024;
+}
+
 // `width`: classes of a vector; `aligned`: every row begins at 16 bytes.
 inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool general, const Device& device) {
   const int most_held = kValuesHeld / width;
@@ -112,8 +123,8 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
     // A class costs a lane some 13 instructions, a row some 400 more in each of its lanes. With rows for every lane of
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
-    for (int held : {1, 4, 8}) {
-      if (held > most_held || (general && held != most_held)) continue;
+    for (int held : {1, most_held / 2, most_held}) {
+      if (general && held != most_held) continue;
       int lanes = power_of_two_over(ceil_div(vectors, held));
       if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
       if (lanes > 32) continue;
@@ -134,10 +145,8 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }
-    // The next row's vectors of both sides, what reductions take, the list, and a little.
-    const int shared_bytes = threads * (32 * most_held + 4 * cluster + kMergingBytes) + kListRoom * 8 + 512;
-    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && shared_bytes <= device.shared_bytes)
-      return {Kind::Block, most_held, 1, threads, cluster, 1};
+    const Shape held{Kind::Block, most_held, 1, threads, cluster, 1};
+    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && held_bytes(held) <= device.shared_bytes) return held;
   }
   // Two vectors a thread while that fills whole warps.
   shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, general ? kMixedBlock : kMostRowBlock);

@@ -149,6 +149,19 @@ SORTKD_DEVICE void copies_wait() {
 #endif
 }
 
+// A launch may begin while the one before it runs (Launch::overlaps), once all blocks of that one allow it; until it has
+// waited, it must not look at what that one writes.
+SORTKD_DEVICE void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && SORTKD_CLUSTER
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+SORTKD_DEVICE void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && SORTKD_CLUSTER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 SORTKD_DEVICE unsigned lane_id() { return threadIdx.x % kWarp; }
 
 // This block of its cluster.

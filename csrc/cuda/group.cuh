@@ -103,29 +103,24 @@ SORTKD_DEVICE int warp_prefix(int count, int lanes = 32) {
   return count;
 }
 
-// What block_merged takes of shared memory: a value of at most so many bytes for each thread.
+// What block_merged takes of shared memory: a value of at most so many bytes for each warp.
 constexpr int kMergingBytes = 16;
 
-// The values of a block's first `count` threads merged in a fixed order, in every thread. Barriers before and after. Once
-// or twice a kernel: in few instructions, and of a double's two words no shuffles.
+// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after.
 template <typename V>
-SORTKD_DEVICE V block_merged(const V& value, char* shared, int count) {
+SORTKD_DEVICE V block_merged(V value, char* shared) {
   static_assert(sizeof(V) <= kMergingBytes);
   V* const values = reinterpret_cast<V*>(shared);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int warps = static_cast<int>(blockDim.x / kWarp);
+  value = warp_merged(value);
   __syncthreads();
-  values[thread] = value;
+  if (lane_id() == 0) values[threadIdx.x / kWarp] = value;
   __syncthreads();
+  value = values[0];
 #pragma unroll 1
-  for (int left = min(count, static_cast<int>(blockDim.x)); left > 1;) {
-    const int half = (left + 1) / 2;
-    if (thread + half < left) values[thread].merge(values[thread + half]);
-    left = half;
-    __syncthreads();
-  }
-  const V all = values[0];
+  for (int w = 1; w < warps; ++w) value.merge(values[w]);
   __syncthreads();
-  return all;
+  return value;
 }
 
 template <Kind kind>

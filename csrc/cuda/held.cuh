@@ -70,7 +70,8 @@ struct HeldRows {
     int y;                     // the label; -1: the row does not count
     bool has_label;            // its class is the thread's
     unsigned higher;           // a bit for each class that is put on the list
-    int shares = 0;            // with a list that lies where the next row's logits would
+    bool fix = false;          // of lanes: one of the rows that take their steps together has a list
+    bool shares = false;       // and one of them a list that takes the place of the next row's logits
   };
 
   // What is known of a row by all of its threads.
@@ -252,18 +253,29 @@ struct HeldRows {
     load_teacher();
     if (largest_of<X, kHeld>(raw_t) > pass.threshold) {
 #pragma unroll 1
-      for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {  // a count that is not known is not unrolled
-        X* const at = staged(n / W, n % W) + kTeacher * W;
+      for (int j = compiler_barrier(kHeld) - 1; j >= 0; --j) {  // a count that is not known is not unrolled
+        float values[W];
+        unpack<X>(stage[kTeacher + kNext * j], values);
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < W; ++i) bits |= values[i] > pass.threshold ? 1u << i : 0u;
+        pass.higher = pass.higher << W | bits;
+      }
+#pragma unroll 1
+      for (unsigned left = pass.higher; left; left &= left - 1) {
+        const int n = __ffs(static_cast<int>(left)) - 1, c = class_of(access, n / W, n % W);
         // What is blank is above a label of -infinity.
-        const int c = class_of(access, n / W, n % W);
-        if (widened(*at) > pass.threshold && static_cast<unsigned>(c) < static_cast<unsigned>(p.C) && c != y) {
-          pass.higher |= 1u << n;
-          *at = narrowed<X>(kBlank);
-        }
+        if (static_cast<unsigned>(c) < static_cast<unsigned>(p.C) && c != y)
+          staged(n / W, n % W)[kTeacher * W] = narrowed<X>(kBlank);
+        else
+          pass.higher ^= 1u << n;
       }
       load_teacher();
     }
-    if constexpr (kKind == Kind::Lanes) pass.shares = __any_sync(kFullMask, pass.higher);
+    if constexpr (kKind == Kind::Lanes) {
+      pass.fix = __any_sync(kFullMask, pass.higher);
+      pass.shares = __any_sync(kFullMask, __popc(pass.higher) > kNearEntries);
+    }
     if (!pass.shares) fetch(row + p.step, coming);
 
     pass.offset_s = -(pass.student_label * scale), pass.offset_t = -(pass.teacher_label * scale);
@@ -296,10 +308,11 @@ struct HeldRows {
 
   // Whether the sums keep their range, z_t of the teacher.
   SORTKD_DEVICE bool scaled(const Pass& pass, const Whole& whole, float z_t) const {
-    const float C = static_cast<float>(p.C);
+    const float most = kMostOfKd * static_cast<float>(p.C), most_ce = kMostOfCe * static_cast<float>(p.C);
     const float label = fmaxf(fabsf(pass.student_label), fabsf(pass.teacher_label));
     const bool is_small = label < -kBlank / 2;  // no infinite one is; a NaN is in the sums
-    return is_small & well_scaled(whole.sums.of[kZStudent], C) & well_scaled(z_t, C) & (!kCe | well_scaled(z_ce(whole), C));
+    return is_small & well_scaled(whole.sums.of[kZStudent], most) & well_scaled(z_t, most) &
+           (!kCe | well_scaled(z_ce(whole), most_ce));
   }
   SORTKD_DEVICE float z_ce(const Whole& whole) const { return whole.sums.of[kCe ? kZCe : kZStudent]; }
 
@@ -315,7 +328,10 @@ struct HeldRows {
         return false;
       }
       int at = places.first;
-      if (kKind == Kind::Lanes) __syncwarp();  // the list takes the place of logits that other lanes have loaded
+      if constexpr (kKind == Kind::Lanes) {
+        list.near = !pass.shares;
+        __syncwarp();  // a list may take the place of logits that other lanes have loaded
+      }
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
@@ -387,7 +403,7 @@ struct HeldRows {
     const V& access = pass.access;
     Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false};
     // The rows of a warp take the steps of the list together.
-    whole.fix = kKind == Kind::Block ? pass.higher : pass.shares;
+    whole.fix = kKind == Kind::Block ? pass.higher : pass.fix;
     KdTerms on;
     const auto make_terms = [&] {
       const KdSums row_sums{whole.sums.of[kZStudent],
@@ -472,8 +488,12 @@ struct HeldRows {
   }
 };
 
+// Of lanes, by the classes that a thread holds.
+constexpr int least_held_blocks(int values) { return values == kValuesHeld ? 4 : 6; }
+
 template <class X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, kKind == Kind::Lanes ? 4 : 1)
+__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock,
+                                  kKind == Kind::Lanes ? least_held_blocks(kHeld* kWidth<X>) : 1)
     sort_kd_held(const __grid_constant__ Params<float> p) {
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);

@@ -10,10 +10,12 @@ namespace sortkd {
 namespace cuda {
 
 // From 2^-80 on, what was too small to be represented is below a sum's rounding. Far above C, the label is so far below
-// the others that the logarithms of the sums would be large numbers with a small difference.
+// the others that the logarithms of KD's sums would be large numbers with a small difference. The cross-entropy takes no
+// such difference: only its exponents lose digits, and a student that is wrong by ten is no rarity.
+constexpr float kMostOfKd = 0x1p8f, kMostOfCe = 0x1p16f;
 template <typename T>
-SORTKD_DEVICE bool well_scaled(T z, T C) {
-  return (z > static_cast<T>(0x1p-80)) & (z < T(256) * C);
+SORTKD_DEVICE bool well_scaled(T z, T most) {
+  return (z > static_cast<T>(0x1p-80)) & (z < most);
 }
 
 // What exponents are relative to where the label does not do: the largest of the others, or nothing at all.

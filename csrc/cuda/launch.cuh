@@ -7,22 +7,29 @@ namespace sortkd {
 namespace cuda {
 
 #if defined(__CUDACC__)
-// The configuration of a launch of clusters.
-struct ClusterLaunch {
-  cudaLaunchAttribute attribute{};
+// The configuration of a launch, of clusters or beside the one before.
+struct LaunchConfig {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(const Launch& launch, cudaStream_t stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  LaunchConfig(const Launch& launch, cudaStream_t stream) {
+    if (launch.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    }
+    if (launch.overlaps) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     config.gridDim = launch.blocks;
     config.blockDim = launch.threads;
     config.dynamicSmemBytes = launch.shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
   }
-  ClusterLaunch(const ClusterLaunch&) = delete;
+  LaunchConfig(const LaunchConfig&) = delete;
 };
 #endif
 
@@ -30,11 +37,8 @@ template <typename T>
 cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
   if (const cudaError_t error = grant(kernel, launch.shared_bytes); error != cudaSuccess) return error;
 #if defined(__CUDACC__)
-  if (launch.cluster > 1) {
-    const ClusterLaunch clusters(launch, stream);
-    return cudaLaunchKernelEx(&clusters.config, kernel, p);
-  }
-  kernel<<<launch.blocks, launch.threads, launch.shared_bytes, stream>>>(p);
+  const LaunchConfig configured(launch, stream);
+  return cudaLaunchKernelEx(&configured.config, kernel, p);
 #else
   (void)stream;
   simt::launch_clusters("sort_kd_rows", kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,

@@ -13,10 +13,11 @@ namespace cuda {
 // counts[b]: the rows of block b's span that count.
 __global__ void __launch_bounds__(kCountThreads)
     sort_kd_count(const int64_t* target, int64_t rows, int64_t ignore_index, unsigned* counts) {
+  allow_next_launch();
   const int64_t span = (rows + gridDim.x - 1) / gridDim.x, end = min(rows, (blockIdx.x + 1) * span);
   Sums<int, 1> counted{};
   for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads) counted.of[0] += target[n] != ignore_index;
-  counted = block_merged(counted, shared_memory(), kCountThreads);
+  counted = block_merged(counted, shared_memory());
   if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(counted.of[0]);
 }
 
@@ -140,6 +141,9 @@ struct Plan {
     const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
     const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
     blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
+    // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
+    if (shape.cluster > 1 && !overrides.blocks)
+      blocks = std::min(blocks, shape.cluster * resident_clusters(shape, held_bytes(shape)));
     room = static_cast<int>(most_listed);
     bool in_device = false;
     overflows = false;
@@ -244,10 +248,11 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
   p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
   p.list.notes = take(kNoteBytes);
+  p.list.near = take(shares ? shape.threads * kNearEntries * static_cast<int>(sizeof(Entry<T>)) : 0);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
   // Before and after the rows; of columns where these put their values together.
-  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * threads);
+  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * shape.threads / 32);
   p.counted = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
@@ -255,7 +260,7 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
     p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
     p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
   }
-  return {blocks, shape.threads, shape.cluster, bytes};
+  return {blocks, shape.threads, shape.cluster, bytes, false};
 }
 
 template <typename T>
@@ -282,7 +287,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   Params<T> p = plan.params(args);
   if (p.rows == 0 && !p.reduced) return cudaSuccess;
   if (plan.counters)
-    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads * kMergingBytes, stream, args.target, p.rows,
+    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads / 32 * kMergingBytes, stream, args.target, p.rows,
                   p.config.ignore_index, plan.counts);
   const Shape& shape = plan.shape;
   p.nonce = fresh_nonce();
@@ -293,7 +298,8 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.step = p.groups * shape.rows;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
-  const Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
+  Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
+  on_rows.overlaps = plan.counters && device().cluster > 1;
   const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.ticket = p.reduced ? plan.ticket : nullptr;

@@ -63,6 +63,7 @@ struct Params : LossInputs {
 // How the kernels share a call's rows.
 struct Launch {
   int blocks, threads, cluster, shared_bytes;
+  bool overlaps;  // begins while the count of the labels runs: where the device has clusters, it has that, too
 };
 
 // Bytes of what the threads of a row put together at a time, at most. Little of shared memory lets more blocks of columns
@@ -103,6 +104,9 @@ cudaError_t grant(Kernel* kernel, size_t shared_bytes) {
 }
 // The blocks that a cluster of the current device may have, as Device says.
 int most_cluster(const Device& device);
+
+// Clusters of that many blocks that hold rows, of so many threads and so much shared memory, that run at once.
+int resident_clusters(const Shape& shape, int shared_bytes);
 
 // X: float, BFloat16, Half.
 template <typename X>

@@ -10,21 +10,21 @@ namespace cuda {
 // in shared memory for the end.
 template <typename T>
 SORTKD_DEVICE int counted_rows(const Params<T>& p) {
-  int n = 0, labels = p.count_blocks;
+  int n = 0;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   if (p.counts) {
+    wait_for_launch_before();
 #pragma unroll 1
     for (int b = thread; b < p.count_blocks; b += threads) n += static_cast<int>(p.counts[b]);
   } else {
     const int rows = static_cast<int>(p.rows);
-    labels = rows;
 #pragma unroll 1
     for (int first = thread; first < rows; first += 4 * threads)
 #pragma unroll
       for (int row = first; row < first + 4 * threads; row += threads)
         if (row < rows) n += p.target[row] != p.config.ignore_index;
   }
-  n = block_merged(Sums<int, 1>{n}, shared_memory() + p.merging, labels).of[0];
+  n = block_merged(Sums<int, 1>{n}, shared_memory() + p.merging).of[0];
   if (thread == 0) *reinterpret_cast<int*>(shared_memory() + p.counted) = n;
   return n;
 }
@@ -68,7 +68,7 @@ SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
   if (thread < slots) sums = {totals_of(p, thread).kd, totals_of(p, thread).ce};
 #pragma unroll 1
   for (bool own = true;; own = false) {  // the block's own rows, then the blocks
-    sums = block_merged(sums, shared_memory() + p.merging, own ? slots : p.partials_all);
+    sums = block_merged(sums, shared_memory() + p.merging);
     if (!own) break;
     bool last = false;
     if (thread == 0) {

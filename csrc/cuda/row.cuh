@@ -297,9 +297,8 @@ struct Row {
         centred = true;
       }
 
-      // Sums of squares want small terms.
       const bool finite = fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>;
-      need = to_maxima = counts && ((p.moments && !p.config.standardize) || !finite);
+      need = to_maxima = counts && !finite;
       top = teacher_label;
     };
     for (bool first = true;; first = false) {
@@ -392,8 +391,10 @@ struct Row {
       add_to(sums, some);
       sums = group.merged(sums);
       if (group.blocks() > 1 && above > 0) top = *notes();
-      const auto fits = [&](S z) { return well_scaled<S>(z, S(p.C)); };
-      need = counts && !to_maxima && !(fits(sums.of[0]) && fits(sums.of[1]) && (kSums < 4 || !p.with_ce || fits(sums.of[3])));
+      const auto fits = [&](S z, S most) { return well_scaled<S>(z, most * S(p.C)); };
+      need = counts && !to_maxima &&
+             !(fits(sums.of[0], kMostOfKd) && fits(sums.of[1], kMostOfKd) &&
+               (kSums < 4 || !p.with_ce || fits(sums.of[3], kMostOfCe)));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
       // Relative to the means, the moments are what is left of no cancellation.

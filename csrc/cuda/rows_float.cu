@@ -1,32 +1,66 @@
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "vector_rows.cuh"
 
 namespace sortkd {
 namespace cuda {
 template cudaError_t launch_rows<float>(const Shape&, Mode, const Launch&, const Params<float>&, cudaStream_t);
 
+#if defined(__CUDACC__)
+namespace {
+
+// All kernels of rows that blocks hold take as many registers.
+const auto held_kernel = sort_kd_held<float, Kind::Block, kValuesHeld / 4, -1, Mode::Kd>;
+
+int ask_clusters(const Shape& shape, int shared_bytes, const Device& device) {
+  int clusters = 0;
+  const LaunchConfig launch({shape.cluster * device.processors, shape.threads, shape.cluster, shared_bytes, false}, nullptr);
+  if (grant_most(reinterpret_cast<const void*>(held_kernel), device) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, held_kernel, &launch.config) != cudaSuccess) {
+    cudaGetLastError();  // it was a question
+    return 0;
+  }
+  return clusters;
+}
+
+}  // namespace
+#endif
+
 int most_cluster(const Device& device) {
 #if defined(__CUDACC__)
-  const auto kernel = sort_kd_held<float, Kind::Block, kValuesHeld / 4, -1, Mode::Kd>;
-  int major = 0, current = 0, clusters = 0;
+  int major = 0, current = 0;
   cudaGetDevice(&current);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current);
   cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, kernel);
+  cudaFuncGetAttributes(&attributes, held_kernel);
   // A device may run code of an older architecture.
   if (major < 9 || attributes.ptxVersion < 90) return 1;
   for (const int blocks : {kMostCluster, kCluster}) {
     Device asked = device;
     asked.cluster = blocks;
-    const ClusterLaunch launch({blocks, kMostRowBlock, blocks, device.shared_bytes}, nullptr);
-    if (grant_most(reinterpret_cast<const void*>(kernel), asked) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess && clusters > 0)
-      return blocks;
-    cudaGetLastError();  // it was a question
+    if (ask_clusters({Kind::Block, kValuesHeld / 4, 1, kMostRowBlock, blocks, 1}, device.shared_bytes, asked) > 0) return blocks;
   }
-  return 1;
 #else
   (void)device;
+#endif
   return 1;
+}
+
+int resident_clusters(const Shape& shape, int shared_bytes) {
+#if defined(__CUDACC__)
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, int>, int> known;
+  int current = 0;
+  cudaGetDevice(&current);
+  const std::lock_guard lock(mutex);
+  const auto [at, is_new] = known.try_emplace({current, shape.threads, shape.cluster, shared_bytes}, 0);
+  if (is_new) at->second = std::max(ask_clusters(shape, shared_bytes, device()), 1);
+  return at->second;
+#else
+  (void)shape, (void)shared_bytes;
+  return device().processors;
 #endif
 }
 }  // namespace cuda

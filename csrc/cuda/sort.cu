@@ -76,15 +76,25 @@ __global__ void __launch_bounds__(kScaleThreads) sort_kd_scale(const X* grad, X*
   const auto number = [&](int64_t i) { return one ? *grad_output : grad_output[i / span * inner + i % inner]; };
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, whole = vectors ? total / W : 0;
-  for (int64_t v = first; v < whole; v += step) {
+  const auto scale_vector = [&](int64_t v, const uint4& raw) {
     T values[W];
-    unpack<X>(__ldcs(reinterpret_cast<const uint4*>(grad) + v), values);
+    unpack<X>(raw, values);
     // Within a row of neighbouring classes the number changes at most once.
     const int64_t begin = v * W, next = one ? begin + W : (begin / span + 1) * span;
     const T now = number(begin), then = next < begin + W ? number(next) : now;
 #pragma unroll
     for (int i = 0; i < W; ++i) values[i] *= begin + i < next ? now : then;
     reinterpret_cast<uint4*>(scaled)[v] = pack<X>(values);
+  };
+#pragma unroll 1
+  for (int64_t some = first; some < whole; some += kScaleAhead * step) {
+    uint4 raw[kScaleAhead];
+#pragma unroll
+    for (int k = 0; k < kScaleAhead; ++k)
+      if (some + k * step < whole) raw[k] = __ldcs(reinterpret_cast<const uint4*>(grad) + some + k * step);
+#pragma unroll
+    for (int k = 0; k < kScaleAhead; ++k)
+      if (some + k * step < whole) scale_vector(some + k * step, raw[k]);
   }
   for (int64_t i = whole * W + first; i < total; i += step) scaled[i] = narrowed<X>(widened(grad[i]) * number(i));
 }
@@ -124,7 +134,7 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   const SortPlan<X> plan(args, scratch);
   if (args.rows == 0) return cudaSuccess;
   const int threads = threads_of(args.C);
-  SortParams p{args, {0, 16, 16, 0, 0, plan.room, nullptr, 0}, plan.overflow};
+  SortParams p{args, {0, 16, 16, 0, 0, plan.room, 0, nullptr, 0}, plan.overflow};
   const auto launch = [&](int blocks, size_t shared_bytes) {
     SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p);
   };
