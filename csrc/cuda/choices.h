@@ -64,9 +64,10 @@ constexpr int kMostColumnClasses = 256;
 // rows far below; the others go to a launch of their own.
 constexpr int kListRoom = 2048;
 
-// Entries of a lane whose row has its list beside the logits of the next one, which then need not wait; longer lists of
-// rows of lanes take the place of these logits.
-constexpr int kNearEntries = 4;
+// Most wrong rows of a trained teacher have a few classes above the label. Lists of so few entries, with both logits, are
+// near: each entry looks at all others, and nothing is sorted, nor read from memory again. Entries by the lane of rows of
+// lanes, whose longer lists take the place of the next row's logits; of a block's row, and by each of its warps.
+constexpr int kNearEntries = 4, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
 
 // Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
 // entries where it has 227 KiB.
@@ -111,7 +112,7 @@ struct Shape {
 // Shared memory of a block that holds a row, at most: the next row's vectors of both sides, what reductions take, the list,
 // and a little.
 inline int held_bytes(const Shape& shape) {
-  return shape.threads * (32 * shape.held + 4 * shape.cluster) + kListRoom * 8 + 1024;
+  return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + kListRoom * 8 + 2048;
 }
 
 // `width`: classes of a vector; `aligned`: every row begins at 16 bytes.

@@ -249,10 +249,13 @@ SORTKD_DEVICE void send_async(V* place, const V& value, Mbarrier* barrier, unsig
   memcpy(words, &value, sizeof(V));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
-  if constexpr (sizeof(V) == 16) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(there)
-                 : "memory");
+  if constexpr (sizeof(V) % 16 == 0) {
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(V) / 4; i += 4)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                       to + 4 * i),
+                   "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(there)
+                   : "memory");
   } else {
 #pragma unroll
     for (unsigned i = 0; i < sizeof(V) / 4; ++i)

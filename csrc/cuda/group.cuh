@@ -48,9 +48,9 @@ struct Largest {
   static SORTKD_DEVICE Largest none() { return {-kInfinity<T>, -kInfinity<T>, -kInfinity<T>}; }
 };
 
-// What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns, and for each warp (and
+// What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns (and of near lists), and for each warp (and
 // lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
-constexpr int kPartialBytes = 64, kMbarrierBytes = 2 * sizeof(Mbarrier);
+constexpr int kPartialBytes = 64, kMbarriers = 3, kMbarrierBytes = 32;
 constexpr int partial_bytes(Kind kind, int threads, int cluster, int value_bytes = kPartialBytes) {
   const int values = kind == Kind::Lanes ? 0 : kind == Kind::Block ? threads / 32 * cluster : threads;
   return kMbarrierBytes + 2 * value_bytes * values;
@@ -150,7 +150,7 @@ struct Group {
   // Of a cluster's blocks: the others' shared memory is there; and nobody looks into this one's any more.
   SORTKD_DEVICE void open() const {
     if (blocks() == 1) return;
-    if (threadIdx.x < 2) mbarrier_init(mbarrier(static_cast<int>(threadIdx.x)));
+    if (threadIdx.x < kMbarriers) mbarrier_init(mbarrier(static_cast<int>(threadIdx.x)));
     cluster_barrier();
   }
   SORTKD_DEVICE void close() const {
@@ -261,26 +261,32 @@ struct Group {
     return value;
   }
 
-  // The sums over a row of a warp or of blocks, in few instructions; and whether any of the blocks' threads says so, by
-  // the sign of its warp's first sum, which is not negative. Of blocks, for the threads that lead.
+  // The sums over a row of blocks, for the threads that lead; and over its warps' numbers of `listed` entries, of all and
+  // of the warps before this one, for those too that have some.
   template <int n>
-  SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, bool& says) {
-    const Sums<float, n> own = warp_gathered<n>(warp_scattered(sums));
-    if constexpr (kind == Kind::Lanes) return own;
-    says = __any_sync(kFullMask, says);
-    const float4* const all =
-        exchanged(make_float4(says ? -own.of[0] : own.of[0], own.of[1], own.of[2], n > 3 ? own.of[n - 1] : 0), leads());
-    if (!leads()) return own;
-    Sums<float, 4> mine{};
-    says = false;
+  struct alignas(16) WarpPart {
+    Sums<float, n> sums;
+    int listed;
+  };
+  template <int n>
+  SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, int listed, Sums<int, 2>& all_and_before) {
+    WarpPart<n> part{warp_gathered<n>(warp_scattered(sums)), listed};
+    all_and_before = {};
+    if (blocks() > 1 && !leads() && listed == 0) {
+      exchanged(part, false);
+      return part.sums;
+    }
+    const WarpPart<n>* const all = exchanged(part);
+    const int warp = static_cast<int>(static_cast<unsigned>(member) / kWarp);
+    part = {};
 #pragma unroll 1
     for (int i = static_cast<int>(lane_id()); i < row_warps(); i += 32) {
-      const float4 part = all[i];
-      mine.merge({fabsf(part.x), part.y, part.z, part.w});
-      says |= __float_as_int(part.x) < 0;
+      const WarpPart<n> other = all[i];
+      part.sums.merge(other.sums);
+      all_and_before.merge({other.listed, i < warp ? other.listed : 0});
     }
-    says = __any_sync(kFullMask, says);
-    return warp_gathered<n>(warp_scattered(mine));
+    if (__any_sync(kFullMask, all_and_before.of[0])) all_and_before = warp_merged(all_and_before);
+    return warp_gathered<n>(warp_scattered(part.sums));
   }
 };
 

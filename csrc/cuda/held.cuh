@@ -70,8 +70,9 @@ struct HeldRows {
     int y;                     // the label; -1: the row does not count
     bool has_label;            // its class is the thread's
     unsigned higher;           // a bit for each class that is put on the list
-    bool fix = false;          // of lanes: one of the rows that take their steps together has a list
-    bool shares = false;       // and one of them a list that takes the place of the next row's logits
+    int listed = 0, place = 0;  // of the row of lanes, or the block's warp: the list's entries; and this thread's first
+    bool fix = false;           // of lanes: one of the rows that take their steps together has a list
+    bool shares = false;        // and one of them a list that takes the place of the next row's logits
   };
 
   // What is known of a row by all of its threads.
@@ -81,12 +82,20 @@ struct HeldRows {
     float top;                 // the label's corrected logit
     int listed;                // entries of the list
     bool fix, slow;            // a row with a list; one that leaves the range of its sums
+    bool near;                 // the list is
   };
+
+  // A class of a near list, and both of its logits.
+  struct alignas(kNearBytes) Near {
+    Entry<float> entry;
+    float student, teacher;  // the teacher's corrected
+  };
+  static_assert(sizeof(Near) == kNearBytes);
 
   // What the first warp of a block has found out for the others.
   struct alignas(16) Posted {
     KdTerms on;
-    int fix, slow;
+    int listed, slow;  // as Whole
     RowSums sums;
   };
   static_assert(sizeof(Posted) <= kNoteBytes);
@@ -100,6 +109,7 @@ struct HeldRows {
   const float scale;
   float weight;       // of a row in the result
   const bool fourth;  // whether e^4 is the exponential of the cross-entropy
+  int near_lists = 0;  // of a cluster's rows until now
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
@@ -181,20 +191,31 @@ struct HeldRows {
     Coming coming{};
     if (kKind == Kind::Block && row < rows) coming.after = p.target[row];
     fetch(row, coming);
-    if (p.mean) {
-      const int count = counted_rows(p);
-      weight = count > 0 ? reciprocal(static_cast<float>(count)) : 0.0f;
-    }
+    const int labels = p.mean ? labels_of_thread(p) : 0;
     const int lane_row = kOneRow ? 0 : static_cast<int>(lane_id()) >> log_lanes();
 #pragma unroll 1
-    while (row - lane_row < rows) {
+    for (bool first = true;; first = false) {
+      const bool has_row = row - lane_row < rows;
       Pass pass{V(p, here(row) ? row : 0)};
-      take(pass, row, coming);
+      if (has_row) take(pass, row, coming);
+      // Not before a row is there: its gradient is the first that needs the number.
+      if (first && p.mean) {
+        const int count = counted_rows(p, labels);
+        weight = count > 0 ? reciprocal(static_cast<float>(count)) : 0.0f;
+      }
+      if (!has_row) break;
       finish(pass, row);
       row += p.step;
       if (pass.shares) fetch(row, coming);
     }
   }
+
+  // The near list of a row of lanes, or of the block; and a block's warp's part of it.
+  SORTKD_DEVICE Near* near_list() const {
+    return reinterpret_cast<Near*>(shared_memory() + p.list.near) +
+           (kKind == Kind::Lanes ? group.slot * group.size * kNearEntries : 0);
+  }
+  SORTKD_DEVICE Near* near_of_warp() const { return near_list() + kNearOfBlock + threadIdx.x / kWarp * kNearOfWarp; }
 
   // The pass that takes the exponentials and their sums. The next row leaves as soon as this one is in registers: what a
   // thread has begun to read from shared memory it has long before a copy that begins later arrives there.
@@ -261,20 +282,17 @@ struct HeldRows {
         for (int i = 0; i < W; ++i) bits |= values[i] > pass.threshold ? 1u << i : 0u;
         pass.higher = pass.higher << W | bits;
       }
+      // What is blank is above a label of -infinity.
+      if (kBlankIsFinite && pass.threshold < kBlank)
 #pragma unroll 1
-      for (unsigned left = pass.higher; left; left &= left - 1) {
-        const int n = __ffs(static_cast<int>(left)) - 1, c = class_of(access, n / W, n % W);
-        // What is blank is above a label of -infinity.
-        if (static_cast<unsigned>(c) < static_cast<unsigned>(p.C) && c != y)
-          staged(n / W, n % W)[kTeacher * W] = narrowed<X>(kBlank);
-        else
-          pass.higher ^= 1u << n;
-      }
-      load_teacher();
+        for (unsigned left = pass.higher; left; left &= left - 1) {
+          const int n = __ffs(static_cast<int>(left)) - 1, c = class_of(access, n / W, n % W);
+          if (static_cast<unsigned>(c) >= static_cast<unsigned>(p.C) || c == y) pass.higher ^= 1u << n;
+        }
     }
-    if constexpr (kKind == Kind::Lanes) {
-      pass.fix = __any_sync(kFullMask, pass.higher);
-      pass.shares = __any_sync(kFullMask, __popc(pass.higher) > kNearEntries);
+    if (__any_sync(kFullMask, pass.higher)) {
+      put_on_near_list(pass);
+      load_teacher();
     }
     if (!pass.shares) fetch(row + p.step, coming);
 
@@ -306,6 +324,70 @@ struct HeldRows {
     }
   }
 
+  // Blanks the classes above the label, and puts them on the near list if it has room for them.
+  SORTKD_DEVICE void put_on_near_list(Pass& pass) const {
+    const int own = __popc(pass.higher), lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp);
+    const int last = warp_prefix(own, lanes);
+    pass.listed = __shfl_sync(kFullMask, last, lanes - 1, lanes);
+    pass.place = last - own;
+    pass.fix = true;
+    pass.shares = kKind == Kind::Lanes && __any_sync(kFullMask, pass.listed > lanes * kNearEntries);
+    const bool near = kKind == Kind::Lanes ? !pass.shares : pass.listed <= kNearOfWarp;
+    Near* to = (kKind == Kind::Lanes ? near_list() : near_of_warp()) + pass.place;
+#pragma unroll 1
+    for (unsigned left = pass.higher; left; left &= left - 1) {
+      const int n = __ffs(static_cast<int>(left)) - 1;
+      X* const at = staged(n / W, n % W);
+      if (near) *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
+      at[kTeacher * W] = narrowed<X>(kBlank);
+    }
+  }
+
+  // The largest two of the teacher's logits on the list, and what its classes have in the sums, by so many threads of which
+  // this is one.
+  SORTKD_DEVICE Part<kSums> near_part(const Pass& pass, const Whole& whole, int member, int size) const {
+    Near* const list = near_list();
+    Part<kSums> part;
+#pragma unroll 1
+    for (int at = member; at < whole.listed; at += size) {
+      const Entry<float> own = list[at].entry;
+      Entry<float> next{~uint64_t{0}};
+      int before = 0;
+#pragma unroll 1
+      for (int i = 0; i < whole.listed; ++i) {
+        const Entry<float> other = list[i].entry;
+        before += other.before(own);
+        if (own.before(other) && other.before(next)) next = other;
+      }
+      if (before == 0) part.teacher = own.value();
+      if (before == 1) part.student = own.value();
+      float t = own.value();
+      if (p.config.correction == Correction::Sort) t = before + 1 < whole.listed ? next.value() : pass.teacher_label;
+      if (p.config.correction == Correction::Swap && before == 0) t = pass.teacher_label;
+      list[at].teacher = t;
+      add_listed(part, whole, list[at].student, t);
+    }
+    return part;
+  }
+  SORTKD_DEVICE void add_listed(Part<kSums>& part, const Whole& whole, float s, float t) const {
+    const float u = fmaf(s, scale, whole.offset_s), v = fmaf(t, scale, whole.offset_t), e_t = power_of_two(v);
+    part.sums.of[kZTeacher] += e_t;
+    add_cross(part.sums, u, v, e_t);
+  }
+  // What the list's classes have in a row's sums, and the label's corrected logit; whether the sums keep their range then.
+  // Returns the largest corrected logit of the list.
+  SORTKD_DEVICE float add_list(const Pass& pass, Whole& whole, const Part<kSums>& part) const {
+    whole.top = p.config.correction == Correction::None ? pass.teacher_label : part.teacher;
+    float second = whole.listed > 1 ? part.student : pass.teacher_label;
+    if (p.config.correction == Correction::None) second = part.teacher;
+    // What is on the list is the largest there is of the teacher.
+    const float v = fmaf(second, scale, whole.offset_t);
+    whole.slow = pass.y >= 0 && !(v < log2_of(kMostOfKd * static_cast<float>(p.C)) &&
+                                  scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
+    whole.sums.merge(part.sums);
+    return second;
+  }
+
   // Whether the sums keep their range, z_t of the teacher.
   SORTKD_DEVICE bool scaled(const Pass& pass, const Whole& whole, float z_t) const {
     const float most = kMostOfKd * static_cast<float>(p.C), most_ce = kMostOfCe * static_cast<float>(p.C);
@@ -320,18 +402,17 @@ struct HeldRows {
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
     const V& access = pass.access;
     const bool has_list = whole.fix && group.keeps_list();
-    if (whole.fix) {
+    const bool near = kKind == Kind::Lanes && whole.near;
+    if (near) group.sync();
+    if (whole.fix && !near) {
       const auto places = group.places_of(__popc(pass.higher));
       whole.listed = places.all;
       if (kKind == Kind::Block && whole.listed > p.list.room) {
-        if (group.member == 0) p.overflow[row] = whole.listed;
+        if (group.member == 0) put_off(p, row, whole.listed);
         return false;
       }
       int at = places.first;
-      if constexpr (kKind == Kind::Lanes) {
-        list.near = !pass.shares;
-        __syncwarp();  // a list may take the place of logits that other lanes have loaded
-      }
+      if (kKind == Kind::Lanes) __syncwarp();  // the list takes the place of logits that other lanes have loaded
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
@@ -357,17 +438,16 @@ struct HeldRows {
         part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
         add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
       }
+      if (step == kList && near) {
+        part = near_part(pass, whole, group.member, group.size);
+      } else if (has_list && (step == kList || (step == kAgain && whole.slow))) {
 #pragma unroll 1
-      for (int at = group.list_member(); has_list && at < whole.listed && (step == kList || (step == kAgain && whole.slow));
-           at += group.list_size()) {
-        // All blocks learn the two largest of the teacher.
-        if (step == kList && at == 0) part.teacher = list[0].value();
-        if (step == kList && at == 1) part.student = list[1].value();
-        const float u = fmaf(access.student(list[at].c()), scale, whole.offset_s);
-        const float v = fmaf(corrected(pass, whole, at), scale, whole.offset_t);
-        const float e_t = power_of_two(v);
-        part.sums.of[kZTeacher] += e_t;
-        add_cross(part.sums, u, v, e_t);
+        for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
+          // All blocks learn the two largest of the teacher.
+          if (step == kList && at == 0) part.teacher = list[0].value();
+          if (step == kList && at == 1) part.student = list[1].value();
+          add_listed(part, whole, student_of(pass, whole, at), corrected(pass, whole, at));
+        }
       }
       part = group.merged(part);
       if (step == kMaxima) {
@@ -378,32 +458,57 @@ struct HeldRows {
         whole.sums = {};
         continue;
       }
-      if (step == kList && whole.listed > 0) {
-        whole.top = part.teacher;
-        if (whole.listed > 1) second = part.student;
-        if (p.config.correction == Correction::None) second = whole.top;
-        // What is on the list is the largest there is of the teacher.
-        const float v = fmaf(second, scale, whole.offset_t);
-        whole.slow = pass.y >= 0 && !(v < log2_of(256 * static_cast<float>(p.C)) &&
-                                      scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
-      }
-      whole.sums.merge(part.sums);
+      if (step == kList && whole.listed > 0)
+        second = add_list(pass, whole, part);
+      else
+        whole.sums.merge(part.sums);
       if (step == kAgain || !any(whole.slow)) break;
     }
-    if (p.config.correction == Correction::None) whole.top = pass.teacher_label;
     return true;
   }
+  // Both logits of an entry of the list.
+  SORTKD_DEVICE float student_of(const Pass& pass, const Whole& whole, int at) const {
+    return kKind == Kind::Lanes && whole.near ? near_list()[at].student : pass.access.student(list[at].c());
+  }
   SORTKD_DEVICE float corrected(const Pass& pass, const Whole& whole, int at) const {
+    if (kKind == Kind::Lanes && whole.near) return near_list()[at].teacher;
     return list.corrected(at, p.config.correction, whole.listed, pass.teacher_label);
   }
 
+  SORTKD_DEVICE bool is_near(int listed) const { return listed > 0 && listed <= min(kNearOfBlock, p.list.room); }
+  // The sums of a block's row, for the threads that lead, and its near list, in every block: each warp sends its entries to
+  // all of them.
+  SORTKD_DEVICE void gather(Pass& pass, Whole& whole) {
+    // A warp that has too many makes them too many for the list.
+    const bool fits = pass.listed <= kNearOfWarp;
+    Sums<int, 2> all_and_before;
+    whole.sums = group.merged(pass.sums, fits ? pass.listed : kNearOfBlock + 1, all_and_before);
+    whole.listed = all_and_before.of[0];
+    whole.near = is_near(whole.listed);
+    if (!whole.near) return;
+    const Near* const from = near_of_warp();
+    const int lane = static_cast<int>(lane_id());
+    pass.place += all_and_before.of[1];
+    Near* const to = near_list() + all_and_before.of[1];
+    if (group.blocks() > 1) {
+      Mbarrier* const barrier = Group<kKind>::mbarrier(kMbarriers - 1);
+      if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, whole.listed * kNearBytes);
+      const int entry = lane % kNearOfWarp;
+#pragma unroll 1
+      for (int block = lane / kNearOfWarp; block < group.blocks(); block += 32 / kNearOfWarp)
+        if (entry < pass.listed) send_async(to + entry, from[entry], barrier, static_cast<unsigned>(block));
+      if (group.leads()) mbarrier_wait(barrier, near_lists++ & 1);
+    } else {
+      if (lane < pass.listed) to[lane] = from[lane];
+      __syncthreads();
+    }
+  }
+
   // The sums put together, the losses, and the gradient.
-  SORTKD_DEVICE void finish(const Pass& pass, int row) {
+  SORTKD_DEVICE void finish(Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false};
-    // The rows of a warp take the steps of the list together.
-    whole.fix = kKind == Kind::Block ? pass.higher : pass.fix;
+    Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false, false};
     KdTerms on;
     const auto make_terms = [&] {
       const KdSums row_sums{whole.sums.of[kZStudent],
@@ -417,27 +522,39 @@ struct HeldRows {
       if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
       on = kd_terms(p, row_sums, weight, p.temperature_value, p.inverse_temperature);
     };
-    whole.sums = kOneRow ? group.merged(pass.sums, whole.fix) : group.merged(pass.sums);
-    if (group.leads()) whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
     if constexpr (kKind == Kind::Lanes) {
+      whole.sums = kOneRow ? warp_gathered<kSums>(warp_scattered(pass.sums)) : group.merged(pass.sums);
+      whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
+      // The rows of a warp take the steps of the list together.
+      whole.listed = pass.listed, whole.fix = pass.fix, whole.near = pass.fix && !pass.shares;
       if (whole.fix || any(whole.slow)) complete(pass, whole, row);
       make_terms();
     } else {
       Posted& posted = *reinterpret_cast<Posted*>(shared_memory() + p.list.notes);
+      gather(pass, whole);
+      if (group.leads()) {
+        whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
+        if (threadIdx.x == 0) posted.sums = whole.sums;
+        if (whole.near && !whole.slow)
+          add_list(pass, whole, warp_merged(near_part(pass, whole, static_cast<int>(threadIdx.x), kWarp)));
+      }
 #pragma unroll 1
       for (bool completed = false;; completed = true) {
         if (group.leads()) {
           make_terms();
           // No warp still reads the row before's: each sent its part of these sums after it had.
-          if (threadIdx.x == 0) posted = {on, whole.fix, whole.slow, whole.sums};
+          if (threadIdx.x == 0) posted.on = on, posted.listed = whole.listed, posted.slow = whole.slow;
         }
         __syncthreads();
-        on = posted.on;
-        whole.fix = posted.fix, whole.slow = posted.slow;
-        if (completed || !(whole.fix || whole.slow)) break;
+        if (completed) break;
+        whole.listed = posted.listed, whole.slow = posted.slow;
+        whole.near = is_near(whole.listed) && !whole.slow;
+        whole.fix = whole.listed > 0 && !whole.near;
+        if (!whole.fix && !whole.slow) break;
         whole.sums = posted.sums;
         if (!complete(pass, whole, row)) return;
       }
+      on = posted.on;
     }
     if (here(row) && group.member == 0) {
       write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
@@ -454,7 +571,7 @@ struct HeldRows {
       const auto gradient_of = [&](float a, float b) {
         return gradient(power_of_two(fmaf(a, scale, whole.offset_s)), power_of_two(fmaf(b, scale, whole.offset_t)));
       };
-      if (whole.fix) {
+      if (whole.fix && !whole.near) {
         // While the logits are there still.
         if (group.keeps_list())
           list.replace_values(whole.listed,
@@ -472,16 +589,32 @@ struct HeldRows {
         store_if(stride() * j < end && (j > 0 || first_vector >= access.begin()), to + stride() * j, pack<X>(grads));
       }
       if (here(row) && (by_class || !p.aligned))
-        put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y,
-                  [&](int c) { return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f; });
+        put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
+          if (kKind == Kind::Block && whole.near)
+#pragma unroll 1
+            for (int at = 0; at < whole.listed; ++at)
+              if (near_list()[at].entry.c() == c) return gradient_of(near_list()[at].student, near_list()[at].teacher);
+          return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
+        });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
       if (pass.has_label) access.put(pass.y, on.at_label);
+      if (kKind == Kind::Block && whole.near) {
+        // By the threads that have written their vectors.
+        const Near* at = near_list() + pass.place;
+#pragma unroll 1
+        for (unsigned higher = pass.higher; higher; higher &= higher - 1, ++at)
+          access.put(at->entry.c(), gradient_of(at->student, at->teacher));
+      }
       if (whole.fix) {
         group.sync();
         if (group.keeps_list())
 #pragma unroll 1
-          for (int at = group.list_member(); at < whole.listed; at += group.list_size())
-            access.put(list[at].c(), list[at].number());
+          for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
+            if (kKind == Kind::Lanes && whole.near)
+              access.put(near_list()[at].entry.c(), gradient_of(near_list()[at].student, near_list()[at].teacher));
+            else
+              access.put(list[at].c(), list[at].number());
+          }
       }
     }
     if (kKind == Kind::Lanes && whole.fix) group.sync();  // the next row's logits take the list's place

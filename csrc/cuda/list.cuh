@@ -147,7 +147,7 @@ struct ListPlaces {
   int counts, entries, histogram, notes,
       present;      // bytes from the start of shared memory; of a top-k teacher `present`
   int room;         // entries of a list
-  int near;         // bytes from the start of shared memory, of rows of lanes: of the lists with few entries
+  int near;         // bytes from the start of shared memory, of rows that are held: of the lists with few entries
   char* in_device;  // for each block two lists of so many entries, in a launch whose lists may be long; else null
   int long_room;    // entries of two lists in shared memory, in such a launch
 };
@@ -157,7 +157,6 @@ struct List {
   const ListPlaces& places;
   const Group<kind>& group;
   Entry<T>*own, *spare;  // in a launch whose lists may be long: where the entries are, and room for as many
-  bool near = false;     // where its lanes have at most kNearEntries each
 
   // `expected`: the most entries that a list of such a launch has.
   SORTKD_DEVICE List(const ListPlaces& places, const Group<kind>& group, int expected = 0)
@@ -172,11 +171,7 @@ struct List {
   }
   SORTKD_DEVICE Entry<T>* in_shared() const { return reinterpret_cast<Entry<T>*>(shared_memory() + places.entries); }
   SORTKD_DEVICE int* count() const { return reinterpret_cast<int*>(shared_memory() + places.counts) + group.slot; }
-  SORTKD_DEVICE Entry<T>* entries() const {
-    if (kind == Kind::Lanes && near)
-      return reinterpret_cast<Entry<T>*>(shared_memory() + places.near) + group.slot * group.size * kNearEntries;
-    return kMayBeInDevice && own ? own : in_shared() + group.slot * places.room;
-  }
+  SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && own ? own : in_shared() + group.slot * places.room; }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
   // The caller has a barrier before any thread appends.

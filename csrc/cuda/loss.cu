@@ -166,7 +166,7 @@ struct Plan {
     const bool mean = args.config.reduction == Reduction::Mean;
     counters = mean && rows > kCountedByBlocks ? std::min(kMostCounters, ceil_div(rows, kRowsACounter)) : 0;
     counts = pieces.take<unsigned>(counters);
-    ticket = pieces.take<unsigned long long>(1);
+    ticket = pieces.take<unsigned long long>(2);
     partials = pieces.take<double>(2 * (blocks / shape.cluster + rest_blocks));
     overflow = pieces.take<int32_t>(overflows ? rows : 0);
     entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
@@ -220,7 +220,7 @@ struct Plan {
     p.counts = counters ? counts : nullptr;
     p.count_blocks = counters;
     p.partials = partials;
-    p.partials_all = blocks / shape.cluster + rest_blocks;
+    p.partials_all = blocks / shape.cluster;
     return p;
   }
 };
@@ -248,7 +248,8 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
   p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
   p.list.notes = take(kNoteBytes);
-  p.list.near = take(shares ? shape.threads * kNearEntries * static_cast<int>(sizeof(Entry<T>)) : 0);
+  const int near = shares ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
+  p.list.near = take(width ? near * kNearBytes : 0);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
   // Before and after the rows; of columns where these put their values together.
@@ -290,8 +291,10 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
     SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads / 32 * kMergingBytes, stream, args.target, p.rows,
                   p.config.ignore_index, plan.counts);
   const Shape& shape = plan.shape;
+  const bool overlaps = device().cluster > 1;  // what has clusters has that, too
   p.nonce = fresh_nonce();
-  p.ticket = p.reduced && !plan.overflows ? plan.ticket : nullptr;
+  p.ticket = p.reduced ? plan.ticket : nullptr;
+  p.overflowed = plan.ticket + 1;
   p.cluster = shape.cluster;
   while (1 << p.log_lanes < shape.lanes) ++p.log_lanes;
   p.groups = plan.blocks / shape.cluster;
@@ -299,17 +302,18 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
   Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
-  on_rows.overlaps = plan.counters && device().cluster > 1;
+  on_rows.overlaps = plan.counters && overlaps;
   const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
-  p.ticket = p.reduced ? plan.ticket : nullptr;
   p.partials_before = p.groups;
+  p.partials_all += plan.rest_blocks;
   p.cluster = 1;
   p.groups = plan.rest_blocks;
   p.long_blocks = plan.long_blocks;
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
-  const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
+  Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
+  on_rest.overlaps = overlaps;
   return launch(plan, args, plan.rest, Mode::General, on_rest, p, stream);
 }
 

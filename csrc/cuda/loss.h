@@ -47,6 +47,7 @@ struct Params : LossInputs {
   int totals, counted, merging, stage;  // as the lists' places
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
+  unsigned long long* overflowed;  // the call's number where there is such a row; else what memory holds
   int long_blocks;  // of that launch, those that have lists in device memory; of the other launches 0
 
   // Results: [rows], or [1] where the rows are reduced.
@@ -55,15 +56,15 @@ struct Params : LossInputs {
   const unsigned* counts;  // rows that count, by the block that counted; null: each block counts them itself
   int count_blocks;
   double* partials;                   // [partials_all][2]: sums of kd and ce, by block
-  int partials_before, partials_all;  // blocks of the launches before, and of all
-  unsigned long long* ticket;         // of the last launch, else null
+  int partials_before, partials_all;  // blocks of the launches before, and with this one's
+  unsigned long long* ticket;         // where the rows are reduced, else null
   unsigned long long nonce;
 };
 
 // How the kernels share a call's rows.
 struct Launch {
   int blocks, threads, cluster, shared_bytes;
-  bool overlaps;  // begins while the count of the labels runs: where the device has clusters, it has that, too
+  bool overlaps;  // may begin while the launch before runs, and waits for it itself
 };
 
 // Bytes of what the threads of a row put together at a time, at most. Little of shared memory lets more blocks of columns

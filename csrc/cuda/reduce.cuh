@@ -6,31 +6,37 @@
 namespace sortkd {
 namespace cuda {
 
-// The rows that count, in every thread: counted by each block itself, or by a launch before. The first thread leaves them
-// in shared memory for the end.
+// Where each block counts the rows itself: those of this thread that count.
 template <typename T>
-SORTKD_DEVICE int counted_rows(const Params<T>& p) {
+SORTKD_DEVICE int labels_of_thread(const Params<T>& p) {
   int n = 0;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int rows = p.counts ? 0 : static_cast<int>(p.rows);
+#pragma unroll 1
+  for (int first = thread; first < rows; first += 4 * threads)
+#pragma unroll
+    for (int row = first; row < first + 4 * threads; row += threads)
+      if (row < rows) n += p.target[row] != p.config.ignore_index;
+  return n;
+}
+
+// The rows that count, in every thread: counted by each block itself, of which this thread has `n`, or by a launch before.
+// The first thread leaves them in shared memory for the end.
+template <typename T>
+SORTKD_DEVICE int counted_rows(const Params<T>& p, int n) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   if (p.counts) {
     wait_for_launch_before();
 #pragma unroll 1
     for (int b = thread; b < p.count_blocks; b += threads) n += static_cast<int>(p.counts[b]);
-  } else {
-    const int rows = static_cast<int>(p.rows);
-#pragma unroll 1
-    for (int first = thread; first < rows; first += 4 * threads)
-#pragma unroll
-      for (int row = first; row < first + 4 * threads; row += threads)
-        if (row < rows) n += p.target[row] != p.config.ignore_index;
   }
   n = block_merged(Sums<int, 1>{n}, shared_memory() + p.merging).of[0];
   if (thread == 0) *reinterpret_cast<int*>(shared_memory() + p.counted) = n;
   return n;
 }
 
-// The sum over a call's rows: each block writes its own, and the block of the last launch that ends last adds them up,
-// in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as whatever memory holds,
+// The sum over a call's rows: each block writes its own, and the block of a launch that ends last adds them up, those of
+// the launches before too, in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as whatever memory holds,
 // and counts from the first block that puts the call's own number into it.
 template <typename T>
 SORTKD_DEVICE void open_ticket(const Params<T>& p) {
@@ -44,6 +50,13 @@ SORTKD_DEVICE void open_ticket(const Params<T>& p) {
 template <typename T>
 SORTKD_DEVICE Totals& totals_of(const Params<T>& p, int slot) {
   return reinterpret_cast<Totals*>(shared_memory() + p.totals)[slot];
+}
+
+// Leaves a row whose list has no room to the launch for long lists.
+template <typename T>
+SORTKD_DEVICE void put_off(const Params<T>& p, int64_t row, int listed) {
+  p.overflow[row] = listed;
+  *p.overflowed = p.nonce;
 }
 
 // A row's results, by one of its threads.
@@ -79,6 +92,7 @@ SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
         const unsigned long long before = atomicAdd(p.ticket, 1ull);
         last = (before & ((1ull << kTicketBits) - 1)) == static_cast<unsigned>(p.groups - 1);
         if (last) *p.ticket = 0;  // a graph may be replayed
+        if (last && p.long_blocks) *p.overflowed = 0;
       }
     }
     if (!__syncthreads_or(last)) return;

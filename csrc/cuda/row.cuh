@@ -369,7 +369,7 @@ struct Row {
         group.sync();
         listed = above = list.counted();
         if (kKind == Kind::Block && listed > p.list.room) {
-          if (group.member == 0) p.overflow[row] = listed;
+          if (group.member == 0) put_off(p, row, listed);
           group.sync();
           return;
         }
@@ -549,12 +549,16 @@ __global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_block
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;
+  if constexpr (kLong) {
+    wait_for_launch_before();
+    if (*static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
+  }
   Group<kKind> group(p.log_lanes, p.cluster, value_bytes(kKind, kMode));
   if (group.keeps_list()) open_ticket(p);
   const int threads = static_cast<int>(blockDim.x);
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
-  const T count = p.mean ? static_cast<T>(counted_rows(p)) : T(1);
+  const T count = p.mean ? static_cast<T>(counted_rows(p, labels_of_thread(p))) : T(1);
   group.open();
   // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
   // shared memory, then, in blocks that have device memory, for the others.
