@@ -124,8 +124,8 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
     // A class costs a lane some 13 instructions, a row some 400 more in each of its lanes. With rows for every lane of
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
-    for (int held : {1, most_held / 2, most_held}) {
-      if (general && held != most_held) continue;
+    for (int held : {1, 4, 8}) {
+      if (held > most_held || (general && held != most_held)) continue;
       int lanes = power_of_two_over(ceil_div(vectors, held));
       if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
       if (lanes > 32) continue;

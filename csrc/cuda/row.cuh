@@ -82,17 +82,22 @@ struct Row {
   SORTKD_DEVICE void each_other(F&& f, const typename A::Raw* raw_s = nullptr,
                                 const typename A::RawTeacher* raw_t = nullptr) const {
     const auto held = [&](int g) { return kHeld > 0 && raw_s && counts && access.inner(g) && g != label_vector; };
+    unsigned others = 0;  // vectors that are read again: a bit each
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      if (!held(group.member + group.size * j)) continue;
+      const int g = group.member + group.size * j;
+      if (!held(g)) {
+        others |= g < live ? 1u << j : 0;
+        continue;
+      }
       T s[W], t[W];
       access.unpacked(raw_s[j], raw_t[j], s, t);
 #pragma unroll
       for (int i = 0; i < W; ++i) f(s[i], t[i]);
     }
 #pragma unroll 1
-    for (int g = group.member; g < live; g += group.size) {
-      if (held(g)) continue;
+    for (int g = group.member; kHeld > 0 ? others != 0 : g < live; g += group.size) {
+      if (kHeld > 0) g = group.member + group.size * (__ffs(static_cast<int>(others)) - 1), others &= others - 1;
       T s[W], t[W];
       load(g, s, t);
 #pragma unroll

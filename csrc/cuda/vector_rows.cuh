@@ -21,7 +21,7 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   if (shape.held == 0) return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
   if (!lanes) return run(kd_held<X, Kind::Block, kMost, -1>(mode));
   if (shape.held == 1) return run(kd_held<X, Kind::Lanes, 1, -1>(mode));
-  if (shape.held < kMost) return run(kd_held<X, Kind::Lanes, kMost / 2, -1>(mode));
+  if (shape.held < kMost) return run(kd_held<X, Kind::Lanes, 4, -1>(mode));
   if (shape.lanes < 32) return run(kd_held<X, Kind::Lanes, kMost, -1>(mode));
   return run(kd_held<X, Kind::Lanes, kMost, 5>(mode));
 }

@@ -37,7 +37,8 @@ def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
 # general row take half of that room, and doubles half again.
 SHORT_ROW = 8192
 
-# The classes that a program takes of a long row at a time: 8 values of either side a lane with 8 warps.
+# The classes that a program takes of a long row at a time: 8 values of either side a lane with 8 warps. Where it takes
+# KD's sums alone it takes twice as many.
 LONG_BLOCK = 2048
 
 # Registers of a lane: 16 warps a processor, some of which load while others compute; one less for short rows, which
@@ -257,7 +258,7 @@ def _long(
 
     Two programs of 8 warps a processor keep so few rows under way that the second pass finds them in the level 2 cache.
     """
-    values = 4 if work == torch.float64 else 8
+    values = 4 if work == torch.float64 else 8 if constants["GENERAL"] or k else 16
     block = min(LONG_BLOCK * values // 8, max(32 * values, triton.next_power_of_2(C)))
     warps = max(1, block // (32 * values))
     pieces = max(1, values // vector)

@@ -128,13 +128,17 @@ def others(s_row, t_row, start, at_label, hidden_over, C, s_step, t_step, LAYOUT
 
 @triton.jit
 def in_range(sums, t_y, top, C, CE: tl.constexpr):
-    """Whether sums relative to the label's logits keep their digits. What lies over the label is not in them yet."""
+    """Whether sums relative to the label's logits keep their digits. What lies over the label is not in them yet.
+
+    Far above C the logarithms of KD's sums would be large numbers with a small difference. The cross-entropy takes no
+    such difference, and a student that is wrong by ten is no rarity.
+    """
     low = 2.0**-80
     high = 256.0 * C
     z_s, z_t, z_1 = sums[0], sums[1], sums[3]
     fits = (z_s > low) & (z_s < high) & ((z_t > low) | (top > t_y)) & (z_t < high)
     if CE != 0:
-        fits = fits & (z_1 > low) & (z_1 < high)
+        fits = fits & (z_1 > low) & (z_1 < 256.0 * high)
     return fits
 
 
