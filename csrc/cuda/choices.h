@@ -87,7 +87,7 @@ constexpr int kHeldWarps = 16, kBlocksAProcessor = 16;
 
 // Of the scaling kernel, which mostly looks at one number and ends: few, and loads of a thread that are under way, 32 KiB a
 // processor.
-constexpr int kScaleBlocks = 2, kScaleAhead = 4;
+constexpr int kScaleBlocks = 4, kScaleAhead = 2;
 
 // What is asked of the runtime once a device.
 struct Device {
@@ -115,8 +115,9 @@ inline int held_bytes(const Shape& shape) {
   return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + kListRoom * 8 + 2048;
 }
 
-// `width`: classes of a vector; `aligned`: every row begins at 16 bytes.
-inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool general, const Device& device) {
+// `width`: classes of a vector; `aligned`: every row begins at 16 bytes; `most`: there are kernels only of threads that hold
+// as much as they can; `general`: those of Mode::General.
+inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool most, bool general, const Device& device) {
   const int most_held = kValuesHeld / width;
   const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
   Shape shape{Kind::Block, 0, 1, 0, 1, 1};
@@ -125,7 +126,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
     for (int held : {1, 4, 8}) {
-      if (held > most_held || (general && held != most_held)) continue;
+      if (held > most_held || (most && held != most_held)) continue;
       int lanes = power_of_two_over(ceil_div(vectors, held));
       if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
       if (lanes > 32) continue;

@@ -39,7 +39,7 @@ template <typename X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
 struct HeldRows {
   using V = Vectors<X>;
   static constexpr int W = V::W, kValues = kHeld * W;
-  static constexpr bool kCe = kMode == Mode::KdCe;
+  static constexpr bool kAny = kMode == Mode::KdCeAny, kCe = kMode == Mode::KdCe || kAny;
   static constexpr float kLowest = -kInfinity<float>;
   // What a blank class holds: beside a label that is small its exponentials are 0, and their product with the difference
   // of the exponents is a number. Halves have no such number.
@@ -63,7 +63,7 @@ struct HeldRows {
   // What is left of a row's logits.
   struct Pass {
     V access;
-    float s[kValues], t[kValues];  // their exponentials
+    float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents
     RowSums sums;                  // of this thread
     float student_label, teacher_label, threshold;
     float offset_s, offset_t;  // of the exponents
@@ -183,7 +183,10 @@ struct HeldRows {
     else
       add_cross(sums, u, v, e_t);
     // e^4 or e^2, with no branch; e itself has been added.
-    if constexpr (kCe) sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
+    if constexpr (kAny)
+      sums.of[kZCe] += power_of_two(p.power * u);
+    else if constexpr (kCe)
+      sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
   }
 
   // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
@@ -314,7 +317,10 @@ struct HeldRows {
         const float u = fmaf(s[i], scale, pass.offset_s), v = fmaf(t[i], scale, pass.offset_t);
         s[i] = power_of_two(u), t[i] = power_of_two(v);
         add<kBlankIsFinite>(pass.sums, u, v, s[i], t[i]);
-        if constexpr (kCe) s[i] = compiler_barrier(s[i]);  // its square is not kept
+        if constexpr (kAny)
+          s[i] = u;
+        else if constexpr (kCe)
+          s[i] = compiler_barrier(s[i]);  // its square is not kept
       }
     }
     if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
@@ -569,12 +575,16 @@ struct HeldRows {
       // Of the exponential's first, second and fourth power.
       const float first = on.on_student + (kCe ? 0.0f : on.on_ce);
       const float second = p.power == 2 ? on.on_ce : 0.0f, fourth = p.power == 4 ? on.on_ce : 0.0f;
-      const auto gradient = [&](float e, float e_t) {
-        const float by = kCe ? fmaf(e, fmaf(e * e, fourth, second), first) : first;
-        return fmaf(e, by, -(e_t * on.on_teacher));
+      // Of what pass.s and pass.t have.
+      const auto gradient = [&](float s, float e_t) {
+        if constexpr (kAny)
+          return fmaf(power_of_two(s), first, fmaf(power_of_two(p.power * s), on.on_ce, -(e_t * on.on_teacher)));
+        const float by = kCe ? fmaf(s, fmaf(s * s, fourth, second), first) : first;
+        return fmaf(s, by, -(e_t * on.on_teacher));
       };
       const auto gradient_of = [&](float a, float b) {
-        return gradient(power_of_two(fmaf(a, scale, whole.offset_s)), power_of_two(fmaf(b, scale, whole.offset_t)));
+        const float u = fmaf(a, scale, whole.offset_s);
+        return gradient(kAny ? u : power_of_two(u), power_of_two(fmaf(b, scale, whole.offset_t)));
       };
       if (whole.fix && !whole.near) {
         // While the logits are there still.

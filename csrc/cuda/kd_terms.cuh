@@ -24,12 +24,11 @@ SORTKD_DEVICE T reference_of(T largest, T label) {
   return largest != -kInfinity<T> ? largest : fabs(label) < kInfinity<T> ? label : T(0);
 }
 
-// e^power for the powers 1, 2 and 4.
+// e^power for the powers 2 and 4.
 template <typename T>
-SORTKD_DEVICE T raised(T e, int power) {
-  if (power >= 2) e *= e;
-  if (power == 4) e *= e;
-  return e;
+SORTKD_DEVICE T raised(T e, T power) {
+  e *= e;
+  return power == T(4) ? e * e : e;
 }
 
 // Of the classes beside the label, relative to any two references; u and v are exponents of two.
@@ -104,8 +103,7 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
   terms.at_label = kd_scale * pull;
   terms.ce = terms.on_ce = 0.0f;
   if (p.power > 0) {
-    const float times = static_cast<float>(p.power);
-    add_ce(terms, times * u, raised(label_s, p.power), raised(by_s, p.power), sums.z_ce, weight * p.ce_weight);
+    add_ce(terms, p.power * u, power_of_two(p.power * u), power_of_two(-p.power * shift_s), sums.z_ce, weight * p.ce_weight);
   }
   return terms;
 }

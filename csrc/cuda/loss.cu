@@ -97,7 +97,7 @@ Mode mode_of(const LossArgs& args) {
   if (config.standardize || args.temperature || args.grad_temperature) return Mode::General;
   const double T = config.temperature;
   if (T == 1 || !config.with_ce()) return Mode::Kd;
-  return T == 2 || T == 4 ? Mode::KdCe : Mode::General;
+  return T == 2 || T == 4 ? Mode::KdCe : Mode::KdCeAny;
 }
 
 // How a call is launched, and its scratch memory. Made twice, for the size and for the launches.
@@ -123,7 +123,7 @@ struct Plan {
     aligned = false;
     if (vectors) {
       aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
-      shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode == Mode::General, d);
+      shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode >= Mode::KdCeAny, mode == Mode::General, d);
     } else if (args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
                !args.acc_double()) {
       shape = choose_columns(C);
@@ -132,9 +132,11 @@ struct Plan {
       if (!has_whole_vectors(args)) mode = Mode::General;
       // Rows of two dtypes that the lanes of a warp can hold.
       if (mode != Mode::General && !args.teacher_indices)
-        if (const Shape lanes = choose_vectors(rows, C, 4, true, true, d); lanes.kind == Kind::Lanes) shape = lanes;
+        if (const Shape lanes = choose_vectors(rows, C, 4, true, true, true, d); lanes.kind == Kind::Lanes) shape = lanes;
     }
 
+    // Rows that are read twice, or have two dtypes, take any temperature as all else.
+    if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) mode = Mode::General;
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
     const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
@@ -207,7 +209,7 @@ struct Plan {
     p.decoupled = config.decoupled();
     p.with_ce = config.with_ce();
     p.moments = config.standardize || args.grad_temperature;
-    p.power = mode != Mode::General && config.with_ce() ? static_cast<int>(config.temperature) : 0;
+    p.power = mode != Mode::General && config.with_ce() ? static_cast<T>(config.temperature) : T(0);
     p.kd_weight = static_cast<T>(config.kd_weight);
     p.ce_weight = static_cast<T>(config.ce_weight);
     p.alpha = static_cast<T>(config.alpha);

@@ -8,9 +8,9 @@ namespace sortkd {
 namespace cuda {
 
 // What the passes over a row compute: KD, and at temperature 1 the cross-entropy, which has the same exponentials; KD and
-// the cross-entropy at temperatures 2 and 4, where exp(s) = exp(s / T)^T; or any temperature, z-scores, and the
-// temperature's gradient.
-enum class Mode { Kd, KdCe, General };
+// the cross-entropy at temperatures 2 and 4, where exp(s) = exp(s / T)^T; at another temperature, with exponentials of its
+// own, of rows that are held; or what else there is: z-scores, the temperature's gradient, a temperature in a tensor.
+enum class Mode { Kd, KdCe, KdCeAny, General };
 
 // Which classes a row's list has: those above its label, in shared memory (of doubles also in device memory); the same of
 // rows that have too many for that, the only ones of a launch of their own, in either; or the k of a top-k teacher, too.
@@ -37,7 +37,7 @@ struct Params : LossInputs {
   T kd_weight, ce_weight, alpha, beta;  // of `config`, in the arithmetic's type
   T over_label;                         // infinity where no class is above the label, else 0
   bool decoupled, with_ce, moments;
-  int power;  // of a class's exponential, which the cross-entropy of Mode::Kd and Mode::KdCe has; 0: there is none
+  T power;  // of a class's exponential, which the cross-entropy of modes but the general one has; 0: there is none
 
   // Lanes a row (Kind::Lanes); blocks a row (Kind::Block); blocks or clusters of the grid, and how many rows these take at
   // a time; how many of their turns take all rows.

@@ -76,25 +76,32 @@ __global__ void __launch_bounds__(kScaleThreads) sort_kd_scale(const X* grad, X*
   const auto number = [&](int64_t i) { return one ? *grad_output : grad_output[i / span * inner + i % inner]; };
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, whole = vectors ? total / W : 0;
-  const auto scale_vector = [&](int64_t v, const uint4& raw) {
+  const auto scale_vector = [&](int64_t v, const uint4& raw, int64_t next, T now, T then) {
     T values[W];
     unpack<X>(raw, values);
-    // Within a row of neighbouring classes the number changes at most once.
-    const int64_t begin = v * W, next = one ? begin + W : (begin / span + 1) * span;
-    const T now = number(begin), then = next < begin + W ? number(next) : now;
 #pragma unroll
-    for (int i = 0; i < W; ++i) values[i] *= begin + i < next ? now : then;
+    for (int i = 0; i < W; ++i) values[i] *= v * W + i < next ? now : then;
     reinterpret_cast<uint4*>(scaled)[v] = pack<X>(values);
   };
+  const auto vector = [&](int64_t v) { return __ldcs(reinterpret_cast<const uint4*>(grad) + v); };
+  if (one) {
+    const T by = *grad_output;
 #pragma unroll 1
-  for (int64_t some = first; some < whole; some += kScaleAhead * step) {
-    uint4 raw[kScaleAhead];
+    for (int64_t some = first; some < whole; some += kScaleAhead * step) {
+      uint4 raw[kScaleAhead];
 #pragma unroll
-    for (int k = 0; k < kScaleAhead; ++k)
-      if (some + k * step < whole) raw[k] = __ldcs(reinterpret_cast<const uint4*>(grad) + some + k * step);
+      for (int k = 0; k < kScaleAhead; ++k) raw[k] = vector(min(some + k * step, whole - 1));
 #pragma unroll
-    for (int k = 0; k < kScaleAhead; ++k)
-      if (some + k * step < whole) scale_vector(some + k * step, raw[k]);
+      for (int k = 0; k < kScaleAhead; ++k)
+        if (some + k * step < whole) scale_vector(some + k * step, raw[k], total, by, by);
+    }
+  } else {
+    for (int64_t v = first; v < whole; v += step) {
+      // Within a row of neighbouring classes the number changes at most once.
+      const int64_t begin = v * W, next = (begin / span + 1) * span;
+      const T now = number(begin);
+      scale_vector(v, vector(v), next, now, next < begin + W ? number(next) : now);
+    }
   }
   for (int64_t i = whole * W + first; i < total; i += step) scaled[i] = narrowed<X>(widened(grad[i]) * number(i));
 }

@@ -19,6 +19,9 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
                : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, Lists::Short>
                                 : sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>);
   if (shape.held == 0) return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
+  if (mode == Mode::KdCeAny)
+    return run(lanes ? sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::KdCeAny>
+                     : sort_kd_held<X, Kind::Block, kMost, -1, Mode::KdCeAny>);
   if (!lanes) return run(kd_held<X, Kind::Block, kMost, -1>(mode));
   if (shape.held == 1) return run(kd_held<X, Kind::Lanes, 1, -1>(mode));
   if (shape.held < kMost) return run(kd_held<X, Kind::Lanes, 4, -1>(mode));

@@ -258,7 +258,7 @@ def _long(
 
     Two programs of 8 warps a processor keep so few rows under way that the second pass finds them in the level 2 cache.
     """
-    values = 4 if work == torch.float64 else 8 if constants["GENERAL"] or k else 16
+    values = 4 if work == torch.float64 else 8 if listed or k or constants["GENERAL"] else 16
     block = min(LONG_BLOCK * values // 8, max(32 * values, triton.next_power_of_2(C)))
     warps = max(1, block // (32 * values))
     pieces = max(1, values // vector)
