@@ -71,7 +71,6 @@ struct HeldRows {
     bool has_label;            // its class is the thread's
     unsigned higher;           // a bit for each class that is put on the list
     int listed = 0, place = 0;     // of the row of lanes, or the block's warp: the list's entries; and this thread's first
-    float edge_s = 0, edge_t = 0;  // of a block's row: the logits of a class at its edges
     bool fix = false;              // of lanes: one of the rows that take their steps together has a list
     bool shares = false;           // and one of them a list that takes the place of the next row's logits
   };
@@ -299,10 +298,6 @@ struct HeldRows {
       load_teacher();
     }
     if (!pass.shares) fetch(row + p.step, coming);
-    // A block waits for its slowest warp, so that one's edges must not wait for memory at the end.
-    if (kKind == Kind::Block && !p.aligned && counts)
-      each_edge(group, p.C, access.before(), access.after(),
-                [&](int c) { pass.edge_s = access.student(c), pass.edge_t = access.teacher(c); });
 
     pass.offset_s = -(pass.student_label * scale), pass.offset_t = -(pass.teacher_label * scale);
     pass.sums = {};
@@ -609,9 +604,7 @@ struct HeldRows {
 #pragma unroll 1
             for (int at = 0; at < whole.listed; ++at)
               if (near_list()[at].entry.c() == c) return gradient_of(near_list()[at].student, near_list()[at].teacher);
-          if (!counts) return 0.0f;
-          if (kKind == Kind::Block && !by_class) return gradient_of(pass.edge_s, pass.edge_t);
-          return gradient_of(access.student(c), access.teacher(c));
+          return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
         });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
       if (pass.has_label) access.put(pass.y, on.at_label);
