@@ -49,7 +49,7 @@ SHAPES = (
     Shape(6, 129, "one past a power of two"),
     Shape(6, 1001, "edges at both ends of a long row"),
 )
-NAMES = ("sort", "T4-ce-rows", "dkd-T1-warmup", "swap", "frozen-row-T-ce", "dkd-lskd-scalar-T")
+NAMES = ("sort", "T4-ce-rows", "T2.5-ce", "dkd-T1-warmup", "swap", "frozen-row-T-ce", "dkd-lskd-scalar-T")
 VARIANTS = [cases.BY_NAME[name] for name in NAMES]
 
 

@@ -65,12 +65,12 @@ struct HeldRows {
     V access;
     float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents
     RowSums sums;                  // of this thread
-    float student_label, teacher_label, threshold;
+    float student_label, teacher_label;
     float offset_s, offset_t;  // of the exponents
     int y;                     // the label; -1: the row does not count
     bool has_label;            // its class is the thread's
     unsigned higher;           // a bit for each class that is put on the list
-    int listed = 0, place = 0;     // of the row of lanes, or the block's warp: the list's entries; and this thread's first
+    int listed = 0;                // entries of the list, of the row of lanes or the block's warp
     bool fix = false;              // of lanes: one of the rows that take their steps together has a list
     bool shares = false;           // and one of them a list that takes the place of the next row's logits
   };
@@ -268,25 +268,25 @@ struct HeldRows {
     uint4 raw_s[kHeld], raw_t[kHeld];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) raw_s[j] = stage[kNext * j];
-    pass.threshold = pass.teacher_label + p.over_label;
+    const float threshold = threshold_of(pass);
     pass.higher = 0;
     const auto load_teacher = [&] {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) raw_t[j] = stage[kTeacher + kNext * j];
     };
     load_teacher();
-    if (largest_of<X, kHeld>(raw_t) > pass.threshold) {
+    if (largest_of<X, kHeld>(raw_t) > threshold) {
 #pragma unroll 1
       for (int j = compiler_barrier(kHeld) - 1; j >= 0; --j) {  // a count that is not known is not unrolled
         float values[W];
         unpack<X>(stage[kTeacher + kNext * j], values);
         unsigned bits = 0;
 #pragma unroll
-        for (int i = 0; i < W; ++i) bits |= values[i] > pass.threshold ? 1u << i : 0u;
+        for (int i = 0; i < W; ++i) bits |= values[i] > threshold ? 1u << i : 0u;
         pass.higher = pass.higher << W | bits;
       }
       // What is blank is above a label of -infinity.
-      if (kBlankIsFinite && pass.threshold < kBlank)
+      if (kBlankIsFinite && threshold < kBlank)
 #pragma unroll 1
         for (unsigned left = pass.higher; left; left &= left - 1) {
           const int n = __ffs(static_cast<int>(left)) - 1, c = class_of(access, n / W, n % W);
@@ -330,16 +330,18 @@ struct HeldRows {
     }
   }
 
+  // What a class above the label is above.
+  SORTKD_DEVICE float threshold_of(const Pass& pass) const { return pass.teacher_label + p.over_label; }
+
   // Blanks the classes above the label, and puts them on the near list if it has room for them.
   SORTKD_DEVICE void put_on_near_list(Pass& pass) const {
     const int own = __popc(pass.higher), lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp);
     const int last = warp_prefix(own, lanes);
     pass.listed = __shfl_sync(kFullMask, last, lanes - 1, lanes);
-    pass.place = last - own;
     pass.fix = true;
     pass.shares = kKind == Kind::Lanes && __any_sync(kFullMask, pass.listed > lanes * kNearEntries);
     const bool near = kKind == Kind::Lanes ? !pass.shares : pass.listed <= kNearOfWarp;
-    Near* to = (kKind == Kind::Lanes ? near_list() : near_of_warp()) + pass.place;
+    Near* to = (kKind == Kind::Lanes ? near_list() : near_of_warp()) + last - own;
 #pragma unroll 1
     for (unsigned left = pass.higher; left; left &= left - 1) {
       const int n = __ffs(static_cast<int>(left)) - 1;
@@ -439,7 +441,7 @@ struct HeldRows {
       for (int c = group.member; step != kList && whole.slow && c < p.C; c += group.size) {
         if (c == pass.y) continue;
         const float a = access.student(c), b = access.teacher(c);
-        const bool high = b > pass.threshold;
+        const bool high = b > threshold_of(pass);
         const float u = fmaf(a, scale, whole.offset_s), v = fmaf(b, scale, whole.offset_t);
         part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
         add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
@@ -494,7 +496,6 @@ struct HeldRows {
     if (!whole.near) return;
     const Near* const from = near_of_warp();
     const int lane = static_cast<int>(lane_id());
-    pass.place += all_and_before.of[1];
     Near* const to = near_list() + all_and_before.of[1];
     if (group.blocks() > 1) {
       Mbarrier* const barrier = Group<kKind>::mbarrier(kMbarriers - 1);
@@ -588,6 +589,12 @@ struct HeldRows {
                               [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
         if (p.inplace) group.sync();
       }
+      const auto near_of = [&](int c) -> const Near* {
+#pragma unroll 1
+        for (int at = 0; at < whole.listed; ++at)
+          if (near_list()[at].entry.c() == c) return near_list() + at;
+        return nullptr;
+      };
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
       uint4* const to = compiler_barrier(access.grad4(first_vector));
@@ -601,19 +608,19 @@ struct HeldRows {
       if (here(row) && (by_class || !p.aligned))
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
           if (kKind == Kind::Block && whole.near)
-#pragma unroll 1
-            for (int at = 0; at < whole.listed; ++at)
-              if (near_list()[at].entry.c() == c) return gradient_of(near_list()[at].student, near_list()[at].teacher);
+            if (const Near* const near = near_of(c)) return gradient_of(near->student, near->teacher);
           return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
         });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
       if (pass.has_label) access.put(pass.y, on.at_label);
       if (kKind == Kind::Block && whole.near) {
         // By the threads that have written their vectors.
-        const Near* at = near_list() + pass.place;
 #pragma unroll 1
-        for (unsigned higher = pass.higher; higher; higher &= higher - 1, ++at)
-          access.put(at->entry.c(), gradient_of(at->student, at->teacher));
+        for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
+          const int n = __ffs(static_cast<int>(higher)) - 1;
+          const Near* const near = near_of(class_of(access, n / W, n % W));
+          access.put(near->entry.c(), gradient_of(near->student, near->teacher));
+        }
       }
       if (whole.fix) {
         group.sync();
@@ -632,7 +639,8 @@ struct HeldRows {
 };
 
 template <class X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, kKind == Kind::Lanes ? 4 : 1)
+__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock,
+                                  kKind == Kind::Block ? 1 : kMode == Mode::KdCeAny ? 3 : 4)
     sort_kd_held(const __grid_constant__ Params<float> p) {
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);

@@ -396,10 +396,10 @@ struct Row {
       add_to(sums, some);
       sums = group.merged(sums);
       if (group.blocks() > 1 && above > 0) top = *notes();
-      const auto fits = [&](S z, S most) { return well_scaled<S>(z, most * S(p.C)); };
+      const auto fits = [&](S z) { return well_scaled<S>(z, kMostOfKd * S(p.C)); };
       need = counts && !to_maxima &&
-             !(fits(sums.of[0], kMostOfKd) && fits(sums.of[1], kMostOfKd) &&
-               (kSums < 4 || !p.with_ce || fits(sums.of[3], kMostOfCe)));
+             !(fits(sums.of[0]) && fits(sums.of[1]) &&
+               (kSums < 4 || !p.with_ce || fits(sums.of[3] * S(kMostOfKd / kMostOfCe))));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
       // Relative to the means, the moments are what is left of no cancellation.
