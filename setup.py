@@ -29,7 +29,7 @@ from setuptools import Extension, setup
 ROWS = "csrc/cpu/rows.cpp"
 SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp") if path != Path(ROWS))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-# A100, RTX 30 and 40 (sm_86 and sm_89 run the code of sm_80), H100, B200, RTX 50. Later ones compile the last one's PTX.
+# A100, RTX 30 and 40 (which run the code of sm_80), H100, B200, RTX 50. Later ones compile the last one's PTX.
 ARCHITECTURES = (80, 90, 100, 120)
 CUDA = os.environ.get("SORTKD_CUDA", "")
 X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -49,15 +49,16 @@ class Case(NamedTuple):
 
 
 TEACHERS = {"80%": 0.8, "right": 1.0, "random": None}
+# What a run that is cut would miss least comes last.
 CASES = (
-    Case(64, 100, F32, (4, 8), in_us=True), Case(64, 100, BF16), Case(256, 1000, F32, (7, 10), in_us=True),
+    Case(64, 100, F32, (4, 8), in_us=True), Case(256, 1000, F32, (7, 10), in_us=True),
+    Case(8192, 1000, F32, (1.35, 1.5)), Case(8192, 1000, BF16, (1.6, 2.2)),
+    Case(4096, 32000, BF16, (1.25, 1.8)), Case(4096, 128256, BF16, (1.35, 2.0)),
     Case(65536, 100, F32, (1.4, 1.8)), Case(65536, 100, BF16, (2.0, 2.6)),
-    Case(8192, 1000, F32, (1.35, 1.5)), Case(8192, 1000, BF16, (1.6, 2.2)), Case(8192, 1001, F32),
-    Case(65536, 1000, F32, (1.15, 1.25)), Case(2048, 21841, F32),
-    Case(512, 32000, F32, (1.3, 1.8)), Case(4096, 32000, BF16, (1.25, 1.8)),
-    Case(4096, 128256, BF16, (1.35, 2.0)), Case(1024, 262144, BF16, (1.5, 2.0)),
-    Case(8192, 1000, F32, None, "right"), Case(8192, 1000, F32, (4, 8), "random"),
-    Case(4096, 32000, BF16, None, "right"), Case(4096, 32000, BF16, (15, 30), "random"),
+    Case(512, 32000, F32, (1.3, 1.8)), Case(65536, 1000, F32, (1.15, 1.25)),
+    Case(1024, 262144, BF16, (1.5, 2.0)), Case(8192, 1000, F32, (4, 8), "random"),
+    Case(4096, 32000, BF16, (15, 30), "random"), Case(64, 100, BF16), Case(8192, 1001, F32), Case(2048, 21841, F32),
+    Case(8192, 1000, F32, None, "right"), Case(4096, 32000, BF16, None, "right"),
 )  # fmt: skip
 QUICK_CASES = tuple(c for c in CASES if str(c) in ("64x100 float32", "8192x1000 float32", "4096x32000 bfloat16"))
 DRY_CASES = (Case(6, 10, F32, (1.0, 1.0)), Case(6, 24, BF16), Case(6, 10, F32, None, "random"))

@@ -59,18 +59,18 @@ class Limits(NamedTuple):
 HELD = "sort_kd_heldI{}LNS0_4KindE{}ELi{}ELi{}ELNS0_4ModeE{}"
 BF16, F16 = "NS0_8BFloat16E", "NS0_4HalfE"
 CUDA = (
-    Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2040, 33.3, 2.3, 16, 22.9),
-    Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 2270, 39.4, 2.3, 16, 29),
-    Limits(HELD.format("f", 1, 8, "n1", 0), 4, 32, 128, 2490, 29.8, 2.3, 16, 22.3, 8),
-    Limits(HELD.format("f", 1, 8, "n1", 1), 4, 32, 128, 2680, 35.4, 2.3, 16, 28.2, 8),
+    Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2370, 33.3, 2.3, 16, 26.6),
+    Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 2590, 39.4, 2.3, 16, 33.2),
+    Limits(HELD.format("f", 1, 8, "n1", 0), 4, 32, 128, 2980, 29.8, 2.3, 16, 24.3, 8),
+    Limits(HELD.format("f", 1, 8, "n1", 1), 4, 32, 128, 3270, 35.4, 2.3, 16, 30.6, 8),
     *(
         limits
         for dtype, more in ((BF16, 0), (F16, 1))  # halves have no blank: a comparison a class
         for limits in (
-            Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2010, 31.9 + more, 2.3, 8, 23.5 + more),
-            Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2220, 38.4 + more, 2.3, 8, 29.8 + more),
-            Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 2490, 29.6 + more, 2.3, 8, 23 + more, 8),
-            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 2720, 36 + more, 2.3, 8, 29.3 + more, 8),
+            Limits(HELD.format(dtype, 0, 4, 5, 0), 2, 1000 / 32, 128, 2380, 31.9 + more, 2.3, 8, 27.5 + more),
+            Limits(HELD.format(dtype, 0, 4, 5, 1), 2, 1000 / 32, 128, 2590, 38.4 + more, 2.3, 8, 33.9 + more),
+            Limits(HELD.format(dtype, 1, 4, "n1", 0), 2, 32, 128, 3020, 29.6 + more, 2.3, 8, 25.6 + more, 8),
+            Limits(HELD.format(dtype, 1, 4, "n1", 1), 2, 32, 128, 3340, 36 + more, 2.3, 8, 31.6 + more, 8),
         )
     ),
 )
@@ -105,7 +105,12 @@ def cuda_kernels(request):
 
 
 def test_no_cuda_kernel_spills(cuda_kernels):
-    assert [k.name for k in cuda_kernels if k.local_accesses] == []
+    spill = [k.name for k in cuda_kernels if k.local_accesses]
+    # The cross-entropy at any temperature, of rows of floats that a block holds, on sm_80: eighteen accesses a row.
+    few = [
+        k.name for k in cuda_kernels if re.search(HELD.format("f", 1, 8, "n1", 2), k.name) and k.local_accesses <= 18
+    ]
+    assert [name for name in spill if name not in few] == []
 
 
 @pytest.mark.parametrize("limits", CUDA, ids=lambda x: x.kernel)
@@ -118,11 +123,11 @@ def test_cuda_kernels(cuda_kernels, limits):
 
 
 def test_rows_that_are_read_twice_leave_room_for_warps(cuda_kernels):
-    """Of two dtypes, or beside a top-k teacher: at 104 registers a processor has 19 warps to wait for memory."""
+    """Of two dtypes, or beside a top-k teacher: at 112 registers a processor has 18 warps to wait for memory."""
     found = [k for k in cuda_kernels if re.search("sort_kd_rowsI.*WholeVectorsI.*KindE1", k.name)]
     assert len(found) == 10
     for kernel in found:
-        assert kernel.registers <= 104, kernel.name
+        assert kernel.registers <= 112, kernel.name
         assert any(x.opcode.startswith("LDG") and x.wide for x in kernel.code), kernel.name
 
 
@@ -160,7 +165,10 @@ def test_triton_kernels(target, tmp_path):
     compiled = {path.name: gpu_static.read(path)[0] for path in tmp_path.iterdir()}
     for name, kernel in compiled.items():
         assert kernel.registers * 32 * int(Path(name).stem.rpartition("-")[2]) <= REGISTERS, name
-        assert not kernel.local_accesses, name
+        # Plain long rows take 16 values a lane, and lose less by what finds no register than eight at a time do: 492 us in
+        # place of 543 at 4096x32000, 1634 of 2051 at 4096x128256 (bfloat16, an H200).
+        spills = 130 if name.startswith("32000-") and "long_rows-0-0" in name else 0
+        assert kernel.local_accesses <= spills, name
         # A lane that had several neighbouring rows would do the arithmetic of each one's end: 20,000 instructions.
         assert kernel.fetched <= 5500, name
     for C, dtype, limits in TRITON:
@@ -170,9 +178,9 @@ def test_triton_kernels(target, tmp_path):
         check(kernel, limits)
         if limits.kernel == "sort_kd_long_rows":
             # The two passes over a row: two exponentials a class, and no lane asks another for a maximum.
-            sums, gradient = (x for x in kernel.hot_loops if x.count("MUFU.EX2") == 16)
-            assert not sums.count("SHFL") and len(sums.opcodes) <= 8 * 28
-            assert not gradient.count("SHFL") and len(gradient.opcodes) <= 8 * 16
+            sums, gradient = (x for x in kernel.hot_loops if x.count("MUFU.EX2") == 32)
+            assert not sums.count("SHFL") and len(sums.opcodes) <= 16 * 28
+            assert not gradient.count("SHFL") and len(gradient.opcodes) <= 16 * 16
             assert kernel.count("LDGSTS"), "a tile on its way while the one before is computed"
 
 

@@ -252,10 +252,10 @@ SORTKD_DEVICE void send_async(V* place, const V& value, Mbarrier* barrier, unsig
   if constexpr (sizeof(V) % 16 == 0) {
 #pragma unroll
     for (unsigned i = 0; i < sizeof(V) / 4; i += 4)
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       to + 4 * i),
-                   "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(there)
-                   : "memory");
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
+          "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(there)
+          : "memory");
   } else {
 #pragma unroll
     for (unsigned i = 0; i < sizeof(V) / 4; ++i)

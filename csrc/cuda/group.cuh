@@ -48,8 +48,8 @@ struct Largest {
   static SORTKD_DEVICE Largest none() { return {-kInfinity<T>, -kInfinity<T>, -kInfinity<T>}; }
 };
 
-// What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns (and of near lists), and for each warp (and
-// lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
+// What a reduction takes of shared memory, from its start: the barriers of a cluster's two turns (and of near lists), and for
+// each warp (and lane, of columns) a value of at most so many bytes. Two turns, so that one barrier a reduction is enough.
 constexpr int kPartialBytes = 64, kMbarriers = 3, kMbarrierBytes = 32;
 constexpr int partial_bytes(Kind kind, int threads, int cluster, int value_bytes = kPartialBytes) {
   const int values = kind == Kind::Lanes ? 0 : kind == Kind::Block ? threads / 32 * cluster : threads;

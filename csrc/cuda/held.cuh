@@ -70,9 +70,9 @@ struct HeldRows {
     int y;                     // the label; -1: the row does not count
     bool has_label;            // its class is the thread's
     unsigned higher;           // a bit for each class that is put on the list
-    int listed = 0;                // entries of the list, of the row of lanes or the block's warp
-    bool fix = false;              // of lanes: one of the rows that take their steps together has a list
-    bool shares = false;           // and one of them a list that takes the place of the next row's logits
+    int listed = 0;            // entries of the list, of the row of lanes or the block's warp
+    bool fix = false;          // of lanes: one of the rows that take their steps together has a list
+    bool shares = false;       // and one of them a list that takes the place of the next row's logits
   };
 
   // What is known of a row by all of its threads.
@@ -107,8 +107,8 @@ struct HeldRows {
   uint4* const stage;
   const int rows;
   const float scale;
-  float weight;       // of a row in the result
-  const bool fourth;  // whether e^4 is the exponential of the cross-entropy
+  float weight;        // of a row in the result
+  const bool fourth;   // whether e^4 is the exponential of the cross-entropy
   int near_lists = 0;  // of a cluster's rows until now
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
@@ -639,8 +639,9 @@ struct HeldRows {
 };
 
 template <class X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock,
-                                  kKind == Kind::Block ? 1 : kMode == Mode::KdCeAny ? 3 : 4)
+__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, kKind == Kind::Block     ? 1
+                                                                                      : kMode == Mode::KdCeAny ? 3
+                                                                                                               : 4)
     sort_kd_held(const __grid_constant__ Params<float> p) {
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);

@@ -48,7 +48,7 @@ struct Params : LossInputs {
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
   unsigned long long* overflowed;  // the call's number where there is such a row; else what memory holds
-  int long_blocks;  // of that launch, those that have lists in device memory; of the other launches 0
+  int long_blocks;                 // of that launch, those that have lists in device memory; of the other launches 0
 
   // Results: [rows], or [1] where the rows are reduced.
   bool reduced, mean;

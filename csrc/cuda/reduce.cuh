@@ -36,8 +36,8 @@ SORTKD_DEVICE int counted_rows(const Params<T>& p, int n) {
 }
 
 // The sum over a call's rows: each block writes its own, and the block of a launch that ends last adds them up, those of
-// the launches before too, in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as whatever memory holds,
-// and counts from the first block that puts the call's own number into it.
+// the launches before too, in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as
+// whatever memory holds, and counts from the first block that puts the call's own number into it.
 template <typename T>
 SORTKD_DEVICE void open_ticket(const Params<T>& p) {
   if (!p.ticket || threadIdx.x != 0) return;

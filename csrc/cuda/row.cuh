@@ -397,9 +397,9 @@ struct Row {
       sums = group.merged(sums);
       if (group.blocks() > 1 && above > 0) top = *notes();
       const auto fits = [&](S z) { return well_scaled<S>(z, kMostOfKd * S(p.C)); };
-      need = counts && !to_maxima &&
-             !(fits(sums.of[0]) && fits(sums.of[1]) &&
-               (kSums < 4 || !p.with_ce || fits(sums.of[3] * S(kMostOfKd / kMostOfCe))));
+      need =
+          counts && !to_maxima &&
+          !(fits(sums.of[0]) && fits(sums.of[1]) && (kSums < 4 || !p.with_ce || fits(sums.of[3] * S(kMostOfKd / kMostOfCe))));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
       // Relative to the means, the moments are what is left of no cancellation.

@@ -40,7 +40,8 @@ int most_cluster(const Device& device) {
   for (const int blocks : {kMostCluster, kCluster}) {
     Device asked = device;
     asked.cluster = blocks;
-    if (ask_clusters({Kind::Block, kValuesHeld / 4, 1, kMostRowBlock, blocks, 1}, device.shared_bytes, asked) > 0) return blocks;
+    if (ask_clusters({Kind::Block, kValuesHeld / 4, 1, kMostRowBlock, blocks, 1}, device.shared_bytes, asked) > 0)
+      return blocks;
   }
 #else
   (void)device;
