@@ -235,10 +235,11 @@ def test_another_stream_without_waiting(backend, C):
 
 
 @on_gpu
-@pytest.mark.parametrize("shape", ((64, 100), (64, 20011)), ids=str)
+@pytest.mark.parametrize("shape", ((64, 100), (64, 20011), (5000, 100)), ids=str)
 @EVERY_BACKEND
 def test_cuda_graph(backend, shape):
-    """A captured step reads nothing on the host: its replay computes the loss of the logits that are there then."""
+    """A captured step reads nothing on the host: its replay computes the loss of the logits and labels that are there
+    then, also where the labels are counted by a launch of their own."""
     student, teacher, target = make(*shape)
 
     def step():
@@ -258,6 +259,7 @@ def test_cuda_graph(backend, shape):
     grad = student.grad
     with torch.no_grad():
         student.mul_(0.5)
+    target[::3] = IGNORE
     graph.replay()
     replayed = loss.clone(), grad.clone()
     assert torch.equal(replayed[0], step()) and torch.equal(replayed[1], student.grad)

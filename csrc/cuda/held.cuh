@@ -1,11 +1,12 @@
-// Rows that their threads hold: KD, and KD with the cross-entropy at temperatures 1, 2 and 4. A logit is read once and
-// takes one exponential.
+// Rows that their threads hold: KD, and KD with the cross-entropy. A logit is read once and takes one exponential; two
+// more, and one in the gradient again, the student's beside a cross-entropy at temperatures other than 1, 2 and 4.
 //
 // A thread's vectors come through shared memory, which no other thread needs: while a row is computed, the next one is
 // on its way there. In shared memory a class has an index, so what a row must not count is blanked before it is loaded
 // into registers: the classes of its neighbours, the label, and the classes above the label, which are put on a list;
 // trained teachers have few. The list's classes join the sums with their corrected values, and their gradients, as the
-// label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum.
+// label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum. A short
+// list lies near, with both logits of its classes; a long one is sorted, and reads them again.
 //
 // Exponentials are relative to the label's own logits, which takes no search for maxima. Where a sum then leaves the
 // range of its type the row is read again, class by class, relative to its maxima.
@@ -638,10 +639,11 @@ struct HeldRows {
   }
 };
 
+// Sixteen warps a processor; of rows of lanes with exponentials of the cross-entropy's own, which hold more, twelve.
+constexpr int least_held_blocks(Kind kind, Mode mode) { return kind == Kind::Block ? 1 : mode == Mode::KdCeAny ? 3 : 4; }
+
 template <class X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, kKind == Kind::Block     ? 1
-                                                                                      : kMode == Mode::KdCeAny ? 3
-                                                                                                               : 4)
+__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, least_held_blocks(kKind, kMode))
     sort_kd_held(const __grid_constant__ Params<float> p) {
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);

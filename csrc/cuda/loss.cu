@@ -33,6 +33,12 @@ const Device& device() {
     cudaDeviceGetAttribute(&d.cache_bytes, cudaDevAttrL2CacheSize, current);
     cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current);
     d.cluster = most_cluster(d);
+#if defined(__CUDACC__)
+    // Code of sm_90 has it, as clusters; graphs know it since CUDA 12.3.
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+    d.overlaps = d.cluster > 1 && std::min(driver, runtime) >= 12030;
+#endif
   };
 #if defined(__CUDACC__)
   std::call_once(asked[current % kDevices], ask);
@@ -293,7 +299,6 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
     SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads / 32 * kMergingBytes, stream, args.target, p.rows,
                   p.config.ignore_index, plan.counts);
   const Shape& shape = plan.shape;
-  const bool overlaps = device().cluster > 1;  // what has clusters has that, too
   p.nonce = fresh_nonce();
   p.ticket = p.reduced ? plan.ticket : nullptr;
   p.overflowed = plan.ticket + 1;
@@ -304,7 +309,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
   Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
-  on_rows.overlaps = plan.counters && overlaps;
+  on_rows.overlaps = plan.counters && device().overlaps;
   const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.partials_before = p.groups;
@@ -315,7 +320,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
   Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
-  on_rest.overlaps = overlaps;
+  on_rest.overlaps = device().overlaps;
   return launch(plan, args, plan.rest, Mode::General, on_rest, p, stream);
 }
 
