@@ -67,8 +67,9 @@ constexpr int kListRoom = 2048;
 
 // Most wrong rows of a trained teacher have a few classes above the label. Lists of so few entries, with both logits, are
 // near: each entry looks at all others, and nothing is sorted, nor read from memory again. Entries by the lane of rows of
-// lanes, whose longer lists take the place of the next row's logits; of a block's row, and by each of its warps.
-constexpr int kNearEntries = 4, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
+// lanes, whose longer lists take the place of the next row's logits, and three, so that the four blocks of a processor fit
+// into 164 KiB; of a block's row, and by each of its warps.
+constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
 
 // Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
 // entries where it has 227 KiB.
@@ -108,12 +109,15 @@ struct Shape {
   Kind kind;
   int held;  // vectors a thread; 0: the row is read from memory twice, the second time from the level 2 cache
   int lanes, threads, cluster;
-  int rows;  // of a block
+  int rows;       // of a block
+  int bytes = 0;  // of a block's shared memory where rows are held, at most
 };
 
-// Shared memory of a block that holds a row, at most: the next row's vectors of both sides, what reductions take, the list,
-// and a little.
-inline int held_bytes(const Shape& shape) {
+// What a block takes of it for the next row's vectors of both sides, near lists, what reductions take, the list, and a
+// little. Of rows of lanes a list may lie where vectors of `width` classes do.
+inline int held_bytes(const Shape& shape, int width) {
+  if (shape.kind == Kind::Lanes)
+    return shape.threads * (shape.held * std::max(32, 8 * width) + kNearEntries * kNearBytes) + 1024;
   return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + kListRoom * 8 + 2048;
 }
 
@@ -138,6 +142,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       if (best < 0 || cost < best) {
         best = cost;
         shape = {Kind::Lanes, held, lanes, kSmallBlock, 1, kSmallBlock / lanes};
+        shape.bytes = held_bytes(shape, width);
       }
     }
     if (best >= 0) return shape;
@@ -149,8 +154,9 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }
-    const Shape held{Kind::Block, most_held, 1, threads, cluster, 1};
-    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && held_bytes(held) <= device.shared_bytes) return held;
+    Shape held{Kind::Block, most_held, 1, threads, cluster, 1};
+    held.bytes = held_bytes(held, width);
+    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && held.bytes <= device.shared_bytes) return held;
   }
   // Two vectors a thread while that fills whole warps.
   shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, general ? kMixedBlock : kMostRowBlock);
@@ -169,8 +175,10 @@ inline Shape choose_mixed(int64_t C) {
 // Blocks (of a cluster: all of them) of a launch over so many rows.
 inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, const Device& device) {
   const bool held = shape.held > 0 && shape.kind != Kind::Columns;
-  int64_t most =
-      static_cast<int64_t>(device.processors) * (held ? std::max(kHeldWarps * 32 / shape.threads, 1) : kBlocksAProcessor);
+  // What a processor has is what a block may have, and a KiB that each block takes.
+  const int fit = held ? (device.shared_bytes + 1024) / (shape.bytes + 1024) : 0;
+  int64_t most = static_cast<int64_t>(device.processors) *
+                 (held ? std::max(std::min(kHeldWarps * 32 / shape.threads, fit), 1) : kBlocksAProcessor);
   // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
   if (shape.held == 0)
     most = device.processors * std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1,

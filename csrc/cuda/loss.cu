@@ -151,7 +151,7 @@ struct Plan {
     blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
     if (shape.cluster > 1 && !overrides.blocks)
-      blocks = std::min(blocks, shape.cluster * resident_clusters(shape, held_bytes(shape)));
+      blocks = std::min(blocks, shape.cluster * resident_clusters(shape, shape.bytes));
     room = static_cast<int>(most_listed);
     bool in_device = false;
     overflows = false;
