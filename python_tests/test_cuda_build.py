@@ -37,7 +37,7 @@ def setup(tmp_path, monkeypatch):
     """setup.py as a function of SORTKD_CUDA, TORCH_CUDA_ARCH_LIST and the GPUs: the architectures that it builds for."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' 75 89 {' '.join(map(str, ALL))}\n")
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' 75 89 86 {' '.join(map(str, ALL))}\n")
     nvcc.chmod(0o755)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -69,7 +69,7 @@ def setup(tmp_path, monkeypatch):
     ("wanted", "listed", "gpus", "expected"),
     [
         ("", "", [], []),
-        ("", "", [(9, 0), (8, 0), (9, 0)], [80, 90]),
+        ("", "", [(9, 0), (8, 6), (9, 0)], [86, 90]),
         ("", "", [(7, 5)], []),  # older than the kernels need
         ("", "", [(12, 1)], [120]),  # newer than nvcc knows: the PTX of the newest that it does
         ("", "8.0;9.0+PTX", [], [80, 90]),

@@ -9,6 +9,7 @@ import cases
 import pytest
 import torch
 from cases import F32, IGNORE, Variant
+from tolerance import assert_matches, expect
 from torch.nn import functional as F
 
 from sortkd_kernels import fused_sort_dkd, fused_sort_kd, sort_logits
@@ -170,6 +171,20 @@ def test_masked_classes_and_labels(backend, mask, C):
         torch.testing.assert_close(got.loss.double(), want.loss.double(), rtol=1e-5, atol=1e-5)
         # A float's spacing is 1e-7 of the probabilities' sum, at a temperature of at most 4.
         torch.testing.assert_close(got.grad.double(), want.grad.double(), rtol=1e-5, atol=4e-6)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 4.0, 2.5))
+@EVERY_BACKEND
+def test_a_student_that_is_wrong_by_far_keeps_its_digits(backend, temperature):
+    """Sums relative to the label's logit grow with what it lies below the others, by 4 to 36 here, until they are taken
+    relative to the largest."""
+    rows = cases.make_rows(9, 33)
+    target = rows.target.where(rows.target != IGNORE, 3)
+    below = rows.student.max(-1, keepdim=True).values - 4 * torch.arange(1, 10).unsqueeze(-1)
+    student = rows.student.scatter(1, target.unsqueeze(-1), below)
+    variant = Variant("wrong by far", {"ce_weight": 0.5, "reduction": "none"}, temperature=temperature)
+    want = expect(cases.Rows(student, rows.teacher, target), variant)
+    assert_matches(cases.run(want.rows, variant, backend), want)
 
 
 @pytest.mark.parametrize("temperature", (2.0, 2.5))

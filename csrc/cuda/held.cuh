@@ -487,7 +487,7 @@ struct HeldRows {
   SORTKD_DEVICE bool is_near(int listed) const { return listed > 0 && listed <= min(kNearOfBlock, p.list.room); }
   // The sums of a block's row, for the threads that lead, and its near list, in every block: each warp sends its entries to
   // all of them.
-  SORTKD_DEVICE void gather(Pass& pass, Whole& whole) {
+  SORTKD_DEVICE void gather(const Pass& pass, Whole& whole) {
     // A warp that has too many makes them too many for the list.
     const bool fits = pass.listed <= kNearOfWarp;
     Sums<int, 2> all_and_before;
@@ -513,7 +513,7 @@ struct HeldRows {
   }
 
   // The sums put together, the losses, and the gradient.
-  SORTKD_DEVICE void finish(Pass& pass, int row) {
+  SORTKD_DEVICE void finish(const Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
     Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false, false};

@@ -150,8 +150,7 @@ struct Plan {
     const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
     blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
-    if (shape.cluster > 1 && !overrides.blocks)
-      blocks = std::min(blocks, shape.cluster * resident_clusters(shape, shape.bytes));
+    if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape));
     room = static_cast<int>(most_listed);
     bool in_device = false;
     overflows = false;

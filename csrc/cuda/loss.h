@@ -106,8 +106,8 @@ cudaError_t grant(Kernel* kernel, size_t shared_bytes) {
 // The blocks that a cluster of the current device may have, as Device says.
 int most_cluster(const Device& device);
 
-// Clusters of that many blocks that hold rows, of so many threads and so much shared memory, that run at once.
-int resident_clusters(const Shape& shape, int shared_bytes);
+// Clusters of blocks that hold rows, of such a shape, that run at once.
+int resident_clusters(const Shape& shape);
 
 // X: float, BFloat16, Half.
 template <typename X>

@@ -95,14 +95,19 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < W; ++i) f(s[i], t[i]);
     }
-#pragma unroll 1
-    for (int g = group.member; kHeld > 0 ? others != 0 : g < live; g += group.size) {
-      if (kHeld > 0) g = group.member + group.size * (__ffs(static_cast<int>(others)) - 1), others &= others - 1;
+    const auto read = [&](int g) {
       T s[W], t[W];
       load(g, s, t);
 #pragma unroll
       for (int i = 0; i < W; ++i)
         if (is_other(class_of(g, i))) f(s[i], t[i]);
+    };
+    if constexpr (kHeld > 0) {
+#pragma unroll 1
+      for (; others; others &= others - 1) read(group.member + group.size * (__ffs(static_cast<int>(others)) - 1));
+    } else {
+#pragma unroll 1
+      for (int g = group.member; g < live; g += group.size) read(g);
     }
   }
   SORTKD_DEVICE void load(int g, T* s, T* t) const {

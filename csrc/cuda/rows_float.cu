@@ -14,9 +14,9 @@ namespace {
 // All kernels of rows that blocks hold take as many registers.
 const auto held_kernel = sort_kd_held<float, Kind::Block, kValuesHeld / 4, -1, Mode::Kd>;
 
-int ask_clusters(const Shape& shape, int shared_bytes, const Device& device) {
+int ask_clusters(const Shape& shape, const Device& device) {
   int clusters = 0;
-  const LaunchConfig launch({shape.cluster * device.processors, shape.threads, shape.cluster, shared_bytes, false}, nullptr);
+  const LaunchConfig launch({shape.cluster * device.processors, shape.threads, shape.cluster, shape.bytes, false}, nullptr);
   if (grant_most(reinterpret_cast<const void*>(held_kernel), device) != cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&clusters, held_kernel, &launch.config) != cudaSuccess) {
     cudaGetLastError();  // it was a question
@@ -40,7 +40,7 @@ int most_cluster(const Device& device) {
   for (const int blocks : {kMostCluster, kCluster}) {
     Device asked = device;
     asked.cluster = blocks;
-    if (ask_clusters({Kind::Block, kValuesHeld / 4, 1, kMostRowBlock, blocks, 1}, device.shared_bytes, asked) > 0)
+    if (ask_clusters({Kind::Block, kValuesHeld / 4, 1, kMostRowBlock, blocks, 1, device.shared_bytes}, asked) > 0)
       return blocks;
   }
 #else
@@ -49,18 +49,18 @@ int most_cluster(const Device& device) {
   return 1;
 }
 
-int resident_clusters(const Shape& shape, int shared_bytes) {
+int resident_clusters(const Shape& shape) {
 #if defined(__CUDACC__)
   static std::mutex mutex;
   static std::map<std::tuple<int, int, int, int>, int> known;
   int current = 0;
   cudaGetDevice(&current);
   const std::lock_guard lock(mutex);
-  const auto [at, is_new] = known.try_emplace({current, shape.threads, shape.cluster, shared_bytes}, 0);
-  if (is_new) at->second = std::max(ask_clusters(shape, shared_bytes, device()), 1);
+  const auto [at, is_new] = known.try_emplace({current, shape.threads, shape.cluster, shape.bytes}, 0);
+  if (is_new) at->second = std::max(ask_clusters(shape, device()), 1);
   return at->second;
 #else
-  (void)shape, (void)shared_bytes;
+  (void)shape;
   return device().processors;
 #endif
 }
