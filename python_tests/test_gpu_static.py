@@ -106,9 +106,9 @@ def cuda_kernels(request):
 
 def test_no_cuda_kernel_spills(cuda_kernels):
     spill = [k.name for k in cuda_kernels if k.local_accesses]
-    # The cross-entropy at any temperature, of rows of floats that a block holds, on sm_80: eighteen accesses a row.
+    # Of rows that a block holds, in the modes with most registers: a number or two in each of a row's passes.
     few = [
-        k.name for k in cuda_kernels if re.search(HELD.format("f", 1, 8, "n1", 2), k.name) and k.local_accesses <= 18
+        k.name for k in cuda_kernels if re.search(r"sort_kd_held.*KindE1.*ModeE[23]", k.name) and k.local_accesses <= 24
     ]
     assert [name for name in spill if name not in few] == []
 

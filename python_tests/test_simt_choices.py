@@ -121,6 +121,7 @@ def test_in_place(backend, simt, choice, variant):
 def test_dtypes(backend, simt, choice, dtypes):
     for shape, name in (
         (Shape(9, 67, "edges"), "T4-ce-rows"),
+        (Shape(9, 64, "several rows a block"), "T2.5-ce"),
         (Shape(6, 264, "no edges"), "dkd-lskd-scalar-T"),
         (Shape(7, 264, "whole vectors"), "T4-ce-rows"),
         (Shape(5, 1100, "more than the lanes of a warp hold"), "dkd"),

@@ -47,7 +47,7 @@ struct BucketNotes {
 
 // T: float, for a student of dtype kStudent; or double, for any.
 template <typename T, Dtype kStudent>
-__global__ void __launch_bounds__(kMixedBlock, 1) sort_kd_bucket(const __grid_constant__ BucketParams<T> p) {
+__global__ void __launch_bounds__(kMostGeneralBlock, 1) sort_kd_bucket(const __grid_constant__ BucketParams<T> p) {
   const LossArgs& args = p.args;
   const Dtype dtype = std::is_same_v<T, double> ? args.student_dtype : kStudent;
   const LossConfig& config = args.config;
@@ -197,7 +197,8 @@ namespace {
 
 Shape shape_of(const LossArgs& args) { return choose_mixed(args.layout.C); }
 int blocks_of(const LossArgs& args) {
-  return choose_blocks(shape_of(args), args.layout.rows(), 2 * args.layout.C * bytes_of(args.student_dtype), device());
+  return choose_blocks(shape_of(args), Mode::General, args.layout.rows(), 2 * args.layout.C * bytes_of(args.student_dtype),
+                       device());
 }
 
 template <typename T, Dtype kStudent>

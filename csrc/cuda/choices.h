@@ -9,6 +9,12 @@
 namespace sortkd {
 namespace cuda {
 
+// What the passes over a row compute: KD, and at temperature 1 the cross-entropy, which has the same exponentials; KD and
+// the cross-entropy at temperatures 2 and 4, where exp(s) = exp(s / T)^T; at another temperature, with exponentials of its
+// own, of rows that are held; or what else there is: z-scores, the temperature's gradient, a temperature in a tensor. With
+// the last two, threads hold as many classes as they can.
+enum class Mode { Kd, KdCe, KdCeAny, General };
+
 // What tests set to reach every code path with small rows; 0: as chosen below.
 struct Overrides {
   int lanes = 0;        // at least so many lanes a row; more than 32: so many threads of a block
@@ -45,9 +51,21 @@ constexpr int kSmallBlock = 128;
 // and a quarter slower at 10000; clusters of sixteen are slower where eight do.
 constexpr int kRowBlock = 256, kMostRowBlock = 512, kCluster = 8, kMostCluster = 16;
 
-// Threads of a block of the general kernels at most: they need up to 255 registers where they hold a row, up to 168 where
-// they read it again.
-constexpr int kGeneralBlock = 256, kMixedBlock = 384;
+// The same of the general kernels, which need up to 168 registers: three blocks a processor; and of columns, a warp for
+// each 32 of a row's classes.
+constexpr int kGeneralRowBlock = 128, kMostGeneralBlock = 384, kMostColumnsBlock = 256;
+
+// Threads of a row kernel's block at most.
+constexpr int most_threads(Kind kind, Mode mode) {
+  if (kind == Kind::Lanes) return kSmallBlock;
+  if (kind == Kind::Columns) return kMostColumnsBlock;
+  return mode == Mode::General ? kMostGeneralBlock : kMostRowBlock;
+}
+
+// Warps that hold rows and run at once on a processor, by their registers.
+constexpr int held_warps(Kind kind, Mode mode) {
+  return mode == Mode::General || (mode == Mode::KdCeAny && kind == Kind::Lanes) ? 12 : 16;
+}
 
 // Threads of the labels' count, of the correction alone at most, and of the scaling; and those that a processor runs at
 // once.
@@ -71,6 +89,9 @@ constexpr int kListRoom = 2048;
 // into 164 KiB; of a block's row, and by each of its warps.
 constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
 
+// A row whose temperature's gradient is pending.
+constexpr int kPendingBytes = 80;
+
 // Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
 // entries where it has 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
@@ -82,10 +103,10 @@ constexpr size_t kGrantedShared = 48 << 10;
 constexpr int64_t kCountedByBlocks = 4096;
 constexpr int kRowsACounter = 8192, kMostCounters = 64;
 
-// Blocks of a grid, by the processor: of rows that are held as many warps as run at once, so that each goes from row to
-// row with the next one on its way; else several times what runs at once, so that the last ones end together, and few
-// enough that one block adds up their sums in a microsecond.
-constexpr int kHeldWarps = 16, kBlocksAProcessor = 16;
+// Blocks of a grid, by the processor: of rows that are held as many as run at once, so that each goes from row to row with
+// the next one on its way; else several times what runs at once, so that the last ones end together, and few enough that
+// one block adds up their sums in a microsecond.
+constexpr int kBlocksAProcessor = 16;
 
 // Of the scaling kernel, which mostly looks at one number and ends: few, and loads of a thread that are under way, 32 KiB a
 // processor.
@@ -113,18 +134,19 @@ struct Shape {
   int bytes = 0;  // of a block's shared memory where rows are held, at most
 };
 
-// What a block takes of it for the next row's vectors of both sides, near lists, what reductions take, the list, and a
-// little. Of rows of lanes a list may lie where vectors of `width` classes do.
-inline int held_bytes(const Shape& shape, int width) {
+// What a block takes of it for the next row's vectors of both sides, near lists, rows that are pending, what reductions
+// take, the list, and a little. Of rows of lanes a list may lie where vectors of `width` classes do.
+inline int held_bytes(const Shape& shape, int width, Mode mode) {
+  const int pending = mode == Mode::General ? kPendingBytes : 0;
   if (shape.kind == Kind::Lanes)
-    return shape.threads * (shape.held * std::max(32, 8 * width) + kNearEntries * kNearBytes) + 1024;
-  return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + kListRoom * 8 + 2048;
+    return shape.threads * (shape.held * std::max(32, 8 * width) + kNearEntries * kNearBytes + pending) + 1024;
+  return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + 32 * pending + kListRoom * 8 + 2048;
 }
 
-// `width`: classes of a vector; `aligned`: every row begins at 16 bytes; `most`: there are kernels only of threads that hold
-// as much as they can; `general`: those of Mode::General.
-inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bool most, bool general, const Device& device) {
-  const int most_held = kValuesHeld / width;
+// `width`: classes of a vector; `aligned`: every row begins at 16 bytes.
+inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, Mode mode, const Device& device) {
+  const int most_held = kValuesHeld / width, most = most_threads(Kind::Block, mode);
+  const int row_block = mode == Mode::General ? kGeneralRowBlock : kRowBlock;
   const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
   Shape shape{Kind::Block, 0, 1, 0, 1, 1};
   if (!overrides.from_memory) {
@@ -132,7 +154,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
     for (int held : {1, 4, 8}) {
-      if (held > most_held || (most && held != most_held)) continue;
+      if (held > most_held || (mode >= Mode::KdCeAny && held != most_held)) continue;
       int lanes = power_of_two_over(ceil_div(vectors, held));
       if (overrides.lanes) lanes = std::max(lanes, overrides.lanes);
       if (lanes > 32) continue;
@@ -142,24 +164,24 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
       if (best < 0 || cost < best) {
         best = cost;
         shape = {Kind::Lanes, held, lanes, kSmallBlock, 1, kSmallBlock / lanes};
-        shape.bytes = held_bytes(shape, width);
+        shape.bytes = held_bytes(shape, width, mode);
       }
     }
     if (best >= 0) return shape;
     int threads = ceil_div(ceil_div(vectors, most_held), 32) * 32, cluster = 1;
     if (overrides.lanes > 32) threads = std::max(threads, overrides.lanes);
     if (device.cluster > 1 || overrides.cluster) {
-      while (cluster < kCluster && ceil_div(threads, cluster) > kRowBlock) cluster *= 2;
-      if (device.cluster == kMostCluster && ceil_div(threads, cluster) > kMostRowBlock) cluster = kMostCluster;
+      while (cluster < kCluster && ceil_div(threads, cluster) > row_block) cluster *= 2;
+      if (device.cluster == kMostCluster && ceil_div(threads, cluster) > most) cluster = kMostCluster;
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }
     Shape held{Kind::Block, most_held, 1, threads, cluster, 1};
-    held.bytes = held_bytes(held, width);
-    if (general ? threads <= kGeneralBlock : threads <= kMostRowBlock && held.bytes <= device.shared_bytes) return held;
+    held.bytes = held_bytes(held, width, mode);
+    if (threads <= most && held.bytes <= device.shared_bytes) return held;
   }
   // Two vectors a thread while that fills whole warps.
-  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, general ? kMixedBlock : kMostRowBlock);
+  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode));
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }
@@ -167,18 +189,18 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, bo
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
 inline Shape choose_mixed(int64_t C) {
-  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kMixedBlock), 1, 1};
+  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kMostGeneralBlock), 1, 1};
   if (overrides.threads) shape.threads = overrides.threads;
   return shape;
 }
 
 // Blocks (of a cluster: all of them) of a launch over so many rows.
-inline int choose_blocks(const Shape& shape, int64_t rows, int64_t row_bytes, const Device& device) {
+inline int choose_blocks(const Shape& shape, Mode mode, int64_t rows, int64_t row_bytes, const Device& device) {
   const bool held = shape.held > 0 && shape.kind != Kind::Columns;
   // What a processor has is what a block may have, and a KiB that each block takes.
   const int fit = held ? (device.shared_bytes + 1024) / (shape.bytes + 1024) : 0;
   int64_t most = static_cast<int64_t>(device.processors) *
-                 (held ? std::max(std::min(kHeldWarps * 32 / shape.threads, fit), 1) : kBlocksAProcessor);
+                 (held ? std::max(std::min(held_warps(shape.kind, mode) * 32 / shape.threads, fit), 1) : kBlocksAProcessor);
   // Rows that are read twice: no more of them at a time than the level 2 cache has room for, but a block a processor.
   if (shape.held == 0)
     most = device.processors * std::clamp<int64_t>(device.cache_bytes / 2 / (row_bytes * device.processors), 1,

@@ -63,33 +63,29 @@ SORTKD_DEVICE V warp_merged(V value) {
   return value;
 }
 
-// Up to four sums over a warp, of which lane 8 i has the i-th: half the shuffles of all sums in every lane.
-template <int n>
-SORTKD_DEVICE float warp_scattered(const Sums<float, n>& sums) {
-  static_assert(n <= 4);
-  float held[4]{};
+// Up to four or eight sums over a warp, in every lane. In half the shuffles: each lane takes half of the sums that are
+// left on, of it and another one, until it has one.
+template <typename T, int n>
+SORTKD_DEVICE Sums<T, n> warp_summed(const Sums<T, n>& sums) {
+  static_assert(n <= 8);
+  constexpr int kPlaces = n <= 4 ? 4 : 8;
+  T held[kPlaces]{};
 #pragma unroll
   for (int i = 0; i < n; ++i) held[i] = sums.of[i];
-  const auto halve = [&](int offset, int count) {
+#pragma unroll
+  for (int offset = 16, count = kPlaces / 2; offset >= 1; offset /= 2, count /= 2) {
     const bool upper = lane_id() & static_cast<unsigned>(offset);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const float kept = upper ? held[i + count] : held[i], given = upper ? held[i] : held[i + count];
+      const T kept = upper ? held[i + count] : held[i], given = upper ? held[i] : held[i + count];
       held[i] = kept + __shfl_xor_sync(kFullMask, given, offset);
     }
-  };
-  halve(16, 2);
-  halve(8, 1);
+    if (count == 0) held[0] += __shfl_xor_sync(kFullMask, held[0], offset);
+  }
+  Sums<T, n> all;
 #pragma unroll
-  for (int offset = 4; offset >= 1; offset /= 2) held[0] += __shfl_xor_sync(kFullMask, held[0], offset);
-  return held[0];
-}
-template <int n>
-SORTKD_DEVICE Sums<float, n> warp_gathered(float scattered) {
-  Sums<float, n> sums;
-#pragma unroll
-  for (int i = 0; i < n; ++i) sums.of[i] = __shfl_sync(kFullMask, scattered, 8 * i);
-  return sums;
+  for (int i = 0; i < n; ++i) all.of[i] = __shfl_sync(kFullMask, held[0], 32 / kPlaces * i);
+  return all;
 }
 
 // The sum over a warp's lanes up to this one, or over as many of them as have a row.
@@ -263,30 +259,30 @@ struct Group {
 
   // The sums over a row of blocks, for the threads that lead; and over its warps' numbers of `listed` entries, of all and
   // of the warps before this one, for those too that have some.
-  template <int n>
+  template <typename T, int n>
   struct alignas(16) WarpPart {
-    Sums<float, n> sums;
+    Sums<T, n> sums;
     int listed;
   };
-  template <int n>
-  SORTKD_DEVICE Sums<float, n> merged(const Sums<float, n>& sums, int listed, Sums<int, 2>& all_and_before) {
-    WarpPart<n> part{warp_gathered<n>(warp_scattered(sums)), listed};
+  template <typename T, int n>
+  SORTKD_DEVICE Sums<T, n> merged(const Sums<T, n>& sums, int listed, Sums<int, 2>& all_and_before) {
+    WarpPart<T, n> part{warp_summed(sums), listed};
     all_and_before = {};
     if (blocks() > 1 && !leads() && listed == 0) {
       exchanged(part, false);
       return part.sums;
     }
-    const WarpPart<n>* const all = exchanged(part);
+    const WarpPart<T, n>* const all = exchanged(part);
     const int warp = static_cast<int>(static_cast<unsigned>(member) / kWarp);
     part = {};
 #pragma unroll 1
     for (int i = static_cast<int>(lane_id()); i < row_warps(); i += 32) {
-      const WarpPart<n> other = all[i];
+      const WarpPart<T, n> other = all[i];
       part.sums.merge(other.sums);
       all_and_before.merge({other.listed, i < warp ? other.listed : 0});
     }
     if (__any_sync(kFullMask, all_and_before.of[0])) all_and_before = warp_merged(all_and_before);
-    return warp_gathered<n>(warp_scattered(part.sums));
+    return warp_summed(part.sums);
   }
 };
 

@@ -1,5 +1,6 @@
-// Rows that their threads hold: KD, and KD with the cross-entropy. A logit is read once and takes one exponential; two
-// more, and one in the gradient again, the student's beside a cross-entropy at temperatures other than 1, 2 and 4.
+// Rows that their threads hold. A logit is read once and takes one exponential; two more, and one in the gradient again,
+// the student's beside a cross-entropy at temperatures other than 1, 2 and 4. In the general mode threads hold the
+// exponents, for what is known only when a pass over the row is done, and take the exponentials in each pass.
 //
 // A thread's vectors come through shared memory, which no other thread needs: while a row is computed, the next one is
 // on its way there. In shared memory a class has an index, so what a row must not count is blanked before it is loaded
@@ -40,15 +41,15 @@ template <typename X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
 struct HeldRows {
   using V = Vectors<X>;
   static constexpr int W = V::W, kValues = kHeld * W;
-  static constexpr bool kAny = kMode == Mode::KdCeAny, kCe = kMode == Mode::KdCe || kAny;
+  static constexpr bool kGeneral = kMode == Mode::General, kAny = kMode == Mode::KdCeAny, kCe = kMode != Mode::Kd;
   static constexpr float kLowest = -kInfinity<float>;
   // What a blank class holds: beside a label that is small its exponentials are 0, and their product with the difference
-  // of the exponents is a number. Halves have no such number.
-  static constexpr bool kBlankIsFinite = !std::is_same_v<X, Half>;
+  // of the exponents is a number. Halves have no such number, and z-scores may make it infinite.
+  static constexpr bool kBlankIsFinite = !std::is_same_v<X, Half> && !kGeneral;
   static constexpr float kBlank = kBlankIsFinite ? -0x1p100f : kLowest;
-  enum { kZStudent, kZTeacher, kCross, kZCe };
-  static constexpr int kSums = kCe ? 4 : 3;
-  using RowSums = Sums<float, kSums>;
+  static constexpr int kSums = kGeneral ? kGeneralSums : kCe ? 4 : 3;
+  using ThreadSums = Sums<float, kSums>;
+  using RowSums = Sums<std::conditional_t<kGeneral, double, float>, kSums>;
   // Whether the threads that take their steps together have one row, so that there is no row beyond the last.
   static constexpr bool kOneRow = kKind == Kind::Block || kLogLanes == 5;
   // From a vector of a thread to its next one, and from the student's to the teacher's.
@@ -57,33 +58,42 @@ struct HeldRows {
   // Of a row that is on its way. A block's threads do not see each other's copies: each loads the label's logits, and
   // for that the label comes a row earlier.
   struct Coming {
-    int64_t label, after;  // of this row, and of a block's next one
-    X student, teacher;    // of a block's row, at the label
+    int64_t label;       // of this row, or of a block's next one
+    int y;               // of a block's row: its class, kIgnored or kOutside
+    X student, teacher;  // at the label
+    float temperature;   // of the general mode
   };
+  enum { kIgnored = -1, kOutside = -2 };
+
+  // What a row's logits are turned into, by both sides' scales and references.
+  struct KdRow {
+    Exponent<float, kMode> of_student, of_teacher;
+  };
+  using Scaled = std::conditional_t<kGeneral, GeneralRow<float>, KdRow>;
 
   // What is left of a row's logits.
   struct Pass {
     V access;
-    float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents
-    RowSums sums;                  // of this thread
+    float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents; in general both's
+    ThreadSums sums;               // of this thread
     float student_label, teacher_label;
-    float offset_s, offset_t;  // of the exponents
-    int y;                     // the label; -1: the row does not count
-    bool has_label;            // its class is the thread's
-    unsigned higher;           // a bit for each class that is put on the list
-    int listed = 0;            // entries of the list, of the row of lanes or the block's warp
-    bool fix = false;          // of lanes: one of the rows that take their steps together has a list
-    bool shares = false;       // and one of them a list that takes the place of the next row's logits
+    Scaled scaled;
+    int y;                // the label; -1: the row does not count
+    bool has_label;       // its class is the thread's
+    unsigned higher;      // a bit for each class that is put on the list
+    int listed = 0;       // entries of the list, of the row of lanes or the block's warp
+    bool fix = false;     // of lanes: one of the rows that take their steps together has a list
+    bool shares = false;  // and one of them a list that takes the place of the next row's logits
   };
 
   // What is known of a row by all of its threads.
   struct Whole {
     RowSums sums;
-    float offset_s, offset_t;  // of the exponents
-    float top;                 // the label's corrected logit
-    int listed;                // entries of the list
-    bool fix, slow;            // a row with a list; one that leaves the range of its sums
-    bool near;                 // the list is
+    Scaled scaled;
+    float top;       // the label's corrected logit
+    int listed;      // entries of the list
+    bool fix, slow;  // a row with a list; one that leaves the range of its sums
+    bool near;       // the list is
   };
 
   // A class of a near list, and both of its logits.
@@ -93,10 +103,13 @@ struct HeldRows {
   };
   static_assert(sizeof(Near) == kNearBytes);
 
+  using Terms = std::conditional_t<kGeneral, GeneralTerms<float>, KdTerms>;
+
   // What the first warp of a block has found out for the others.
   struct alignas(16) Posted {
-    KdTerms on;
+    Terms on;
     int listed, slow;  // as Whole
+    float top;
     RowSums sums;
   };
   static_assert(sizeof(Posted) <= kNoteBytes);
@@ -111,6 +124,7 @@ struct HeldRows {
   float weight;        // of a row in the result
   const bool fourth;   // whether e^4 is the exponential of the cross-entropy
   int near_lists = 0;  // of a cluster's rows until now
+  int pending = 0;     // rows on the list of that name
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
@@ -136,15 +150,14 @@ struct HeldRows {
 
   // Starts the row's way to shared memory.
   SORTKD_DEVICE void fetch(int row, Coming& coming) const {
-    if constexpr (kKind == Kind::Block) coming.label = coming.after;
     if (row >= rows) return;
     const V access(p, row);
+    if constexpr (kGeneral)
+      coming.temperature = p.temperature ? p.temperature[row * p.temperature_stride] : p.temperature_value;
     if constexpr (kKind == Kind::Block) {
-      if (is_class(coming.label)) {
-        coming.student = *access.student_at(static_cast<int>(coming.label));
-        coming.teacher = *access.teacher_at(static_cast<int>(coming.label));
-      }
-      if (p.step < rows - row) coming.after = p.target[row + p.step];
+      coming.y = class_of_label(coming.label);
+      if (coming.y >= 0) coming.student = *access.student_at(coming.y), coming.teacher = *access.teacher_at(coming.y);
+      if (p.step < rows - row) coming.label = p.target[row + p.step];
     } else {
       coming.label = p.target[row];
     }
@@ -158,7 +171,12 @@ struct HeldRows {
       copy_async(stage + kTeacher + kNext * j, teacher + stride() * j);
     }
   }
-  SORTKD_DEVICE bool is_class(int64_t label) const { return static_cast<uint64_t>(label) < static_cast<unsigned>(p.C); }
+  SORTKD_DEVICE int class_of_label(int64_t label) const {
+    const int y = label == p.config.ignore_index ? kIgnored : kOutside;
+    return static_cast<uint64_t>(label) < static_cast<unsigned>(p.C) && static_cast<int>(label) != p.ignored
+               ? static_cast<int>(label)
+               : y;
+  }
 
   // Class i of vector j of the thread that is `lanes` further.
   SORTKD_DEVICE X* staged(int j, int i, int lanes = 0) const { return reinterpret_cast<X*>(stage + lanes + kNext * j) + i; }
@@ -170,30 +188,58 @@ struct HeldRows {
     return (first_vector + stride() * j) * W + i - access.head;
   }
 
-  // Where p is 0 a class counts 0, whatever q.
-  static SORTKD_DEVICE void add_cross(RowSums& sums, float u, float v, float e_t) {
-    if (e_t != 0.0f) sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
+  // Where p is 0 a class counts 0, whatever q. kAll: with the moment that the temperature's gradient alone needs.
+  template <bool kAll = true>
+  static SORTKD_DEVICE void add_cross(ThreadSums& sums, float u, float v, float e_t) {
+    if (e_t == 0.0f) return;
+    sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
+    if constexpr (kGeneral) {
+      sums.of[kMomentTeacher] = fmaf(e_t, v, sums.of[kMomentTeacher]);
+      if constexpr (kAll) sums.of[kMomentCross] = fmaf(e_t, v * (v - u), sums.of[kMomentCross]);
+    }
   }
-  template <bool kFinite>
-  SORTKD_DEVICE void add(RowSums& sums, float u, float v, float e, float e_t) const {
+  template <bool kFinite, bool kAll = true>
+  SORTKD_DEVICE void add(ThreadSums& sums, float u, float v, float e, float e_t) const {
     sums.of[kZStudent] += e;
     sums.of[kZTeacher] += e_t;
     if constexpr (kFinite)
       sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
     else
-      add_cross(sums, u, v, e_t);
+      add_cross<kAll>(sums, u, v, e_t);
     // e^4 or e^2, with no branch; e itself has been added.
-    if constexpr (kAny)
+    if constexpr (kGeneral)
+      sums.of[kMomentStudent] = e != 0.0f ? fmaf(e, u, sums.of[kMomentStudent]) : sums.of[kMomentStudent];
+    else if constexpr (kAny)
       sums.of[kZCe] += power_of_two(p.power * u);
     else if constexpr (kCe)
       sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
+  }
+  // The exponent of the cross-entropy, from the student's: in general relative to a reference of its own.
+  struct CeExponent {
+    float power, offset;
+    SORTKD_DEVICE float operator()(float u) const { return fmaf(u, power, offset); }
+  };
+  static SORTKD_DEVICE CeExponent ce_exponent(const GeneralRow<float>& row) {
+    constexpr float kBits = static_cast<float>(kLog2e);
+    return {kBits / row.of_student.scale, (row.of_student.reference - row.ce_reference) * kBits};
+  }
+  // Of the general mode: the sums over what a thread holds.
+  template <bool kAll>
+  SORTKD_DEVICE void add_held(ThreadSums& sums, const Pass& pass, const Scaled& scaled) const {
+#pragma unroll
+    for (int n = 0; n < kValues; ++n)
+      add<false, kAll>(sums, pass.s[n], pass.t[n], power_of_two(pass.s[n]), power_of_two(pass.t[n]));
+    if (!p.with_ce) return;
+    const CeExponent exponent = ce_exponent(scaled);
+#pragma unroll
+    for (int n = 0; n < kValues; ++n) sums.of[kZCe] += power_of_two(exponent(pass.s[n]));
   }
 
   // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
   // the next one's logits, that one waits.
   SORTKD_DEVICE void run(int row) {
     Coming coming{};
-    if (kKind == Kind::Block && row < rows) coming.after = p.target[row];
+    if (kKind == Kind::Block && row < rows) coming.label = p.target[row];
     fetch(row, coming);
     const int labels = p.mean ? labels_of_thread(p) : 0;
     const int lane_row = kOneRow ? 0 : static_cast<int>(lane_id()) >> log_lanes();
@@ -211,6 +257,7 @@ struct HeldRows {
       finish(pass, row);
       row += p.step;
       if (pass.shares) fetch(row, coming);
+      if (kGeneral && pending > 0 && (pending == kWarp || row - lane_row >= rows)) take_pending();
     }
   }
 
@@ -221,19 +268,54 @@ struct HeldRows {
   }
   SORTKD_DEVICE Near* near_of_warp() const { return near_list() + kNearOfBlock + threadIdx.x / kWarp * kNearOfWarp; }
 
+  // Of the temperature's gradient: rows that a warp has done, until they are as many as its lanes, of which each takes one.
+  // By a warp that leads: one in double would be as much work as all of a row.
+  struct Pending {
+    RowSums sums;
+    float u_label, v_label, temperature, weight;
+    int row;  // -1: none
+  };
+  static_assert(!kGeneral || sizeof(Pending) == kPendingBytes);
+  SORTKD_DEVICE Pending* pending_list() const {
+    return reinterpret_cast<Pending*>(shared_memory() + p.pending) + (kKind == Kind::Lanes ? threadIdx.x / kWarp * kWarp : 0);
+  }
+  SORTKD_DEVICE void put_pending(const Pass& pass, const Whole& whole, int row, float weight) {
+    if constexpr (kGeneral) {
+      const int lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp), lane = static_cast<int>(lane_id());
+      if (lane % lanes == 0)
+        pending_list()[pending + lane / lanes] = {whole.sums,
+                                                  whole.scaled.of_student(pass.student_label),
+                                                  whole.scaled.of_teacher(whole.top),
+                                                  whole.scaled.temperature,
+                                                  weight,
+                                                  pass.y >= 0 && group.keeps_list() ? row : -1};
+      if (pass.y < 0 && here(row) && group.member == 0) p.grad_temperature[row] = 0;
+      pending += static_cast<int>(kWarp) / lanes;
+    }
+  }
+  SORTKD_DEVICE void take_pending() {
+    if constexpr (kGeneral) {
+      __syncwarp();
+      const Pending row = pending_list()[lane_id() % kWarp];
+      if (static_cast<int>(lane_id()) < pending && row.row >= 0)
+        p.grad_temperature[row.row] = temperature_gradient(p, row.sums, row.u_label, row.v_label, row.temperature, row.weight);
+      pending = 0;
+      __syncwarp();
+    }
+  }
+
   // The pass that takes the exponentials and their sums. The next row leaves as soon as this one is in registers: what a
   // thread has begun to read from shared memory it has long before a copy that begins later arrives there.
-  SORTKD_DEVICE void take(Pass& pass, int row, Coming& coming) const {
-    const int64_t label = coming.label;
-    assert((is_class(label) || label == p.config.ignore_index) && "a label is outside [0, C)");
-    const bool counts = here(row) && is_class(label) && static_cast<int>(label) != p.ignored;
+  SORTKD_DEVICE void take(Pass& pass, int row, Coming& coming) {
+    pass.y = kKind == Kind::Block ? coming.y : here(row) ? class_of_label(coming.label) : kIgnored;
+    assert(pass.y != kOutside && "a label is outside [0, C)");
+    const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    const int y = counts ? static_cast<int>(label) : 0;
+    const int y = max(pass.y, 0);
     const unsigned place = static_cast<unsigned>(y + access.head);
     const int label_vector = static_cast<int>(place / W), label_i = static_cast<int>(place % W);
     // A block's warp has kHeld vectors of each lane.
     const int label_j = kKind == Kind::Lanes ? label_vector >> log_lanes() : label_vector >> 5 & (kHeld - 1);
-    pass.y = counts ? y : -1;
     pass.has_label = counts && label_vector - label_j * stride() == first_vector;
 
     copies_wait();
@@ -246,6 +328,10 @@ struct HeldRows {
       pass.student_label = widened(coming.student), pass.teacher_label = widened(coming.teacher);
     }
     if (!counts) pass.student_label = pass.teacher_label = 0;
+    const float temperature = kGeneral ? coming.temperature : 1.0f;  // before the next row's comes
+    WarpMoments moments;
+    if constexpr (kGeneral)
+      if (p.config.standardize) moments = moments_of_warp(pass);
 
     // What is not of the row, nor is another class than the label.
     const int whole = counts ? access.whole() : 0;
@@ -300,7 +386,10 @@ struct HeldRows {
     }
     if (!pass.shares) fetch(row + p.step, coming);
 
-    pass.offset_s = -(pass.student_label * scale), pass.offset_t = -(pass.teacher_label * scale);
+    pass.scaled.of_student.scale = pass.scaled.of_teacher.scale = scale;
+    pass.scaled.of_student.relative_to(pass.student_label), pass.scaled.of_teacher.relative_to(pass.teacher_label);
+    if constexpr (kGeneral) scale_general(pass, counts ? temperature : 1.0f, moments);
+    const auto of_student = pass.scaled.of_student, of_teacher = pass.scaled.of_teacher;
     pass.sums = {};
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
@@ -310,25 +399,117 @@ struct HeldRows {
       unpack<X>(raw_t[j], t);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const float u = fmaf(s[i], scale, pass.offset_s), v = fmaf(t[i], scale, pass.offset_t);
-        s[i] = power_of_two(u), t[i] = power_of_two(v);
-        add<kBlankIsFinite>(pass.sums, u, v, s[i], t[i]);
-        if constexpr (kAny)
-          s[i] = u;
-        else if constexpr (kCe)
-          s[i] = compiler_barrier(s[i]);  // its square is not kept
+        const float u = of_student(s[i]), v = of_teacher(t[i]);
+        s[i] = u, t[i] = v;
+        if constexpr (kGeneral) continue;
+        const float e = power_of_two(u);
+        t[i] = power_of_two(v);
+        add<kBlankIsFinite>(pass.sums, u, v, e, t[i]);
+        if constexpr (!kAny) s[i] = kCe ? compiler_barrier(e) : e;  // its square is not kept
       }
     }
+    if constexpr (kGeneral) add_held<false>(pass.sums, pass, pass.scaled);
     if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
       pass.sums.of[kCross] = 0;
 #pragma unroll 1
       for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {
         const int c = class_of(access, n / W, n % W);
         if (static_cast<unsigned>(c) >= static_cast<unsigned>(p.C) || c == y || pass.higher >> n & 1) continue;
-        const float v = fmaf(access.teacher(c), scale, pass.offset_t);
-        add_cross(pass.sums, fmaf(access.student(c), scale, pass.offset_s), v, power_of_two(v));
+        const float v = of_teacher(access.teacher(c));
+        add_cross(pass.sums, of_student(access.student(c)), v, power_of_two(v));
       }
     }
+  }
+
+  // Of what a warp has of a row, or the lanes of one: how many classes, and of either side their mean, relative to the
+  // label's logit, and the squares of their distances from it.
+  struct WarpMoments {
+    float count, mean_s, squares_s, mean_t, squares_t;
+  };
+  SORTKD_DEVICE WarpMoments moments_of_warp(const Pass& pass) const {
+    const V& access = pass.access;
+    // f(s, t) for the classes that are the thread's, relative to the label.
+    float s[kValues], t[kValues];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      unpack<X>(stage[kNext * j], s + j * W);
+      unpack<X>(stage[kTeacher + kNext * j], t + j * W);
+#pragma unroll
+      for (int n = j * W; n < (j + 1) * W; ++n) s[n] -= pass.student_label, t[n] -= pass.teacher_label;
+    }
+    const auto each = [&](auto&& f) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        if (!access.inner(first_vector + stride() * j)) continue;
+#pragma unroll
+        for (int n = j * W; n < (j + 1) * W; ++n) f(s[n], t[n]);
+      }
+      if (p.aligned) return;
+#pragma unroll 1
+      for (int j = 0; j < kHeld; ++j) {
+        const int g = first_vector + stride() * j;
+        if (g >= access.count || access.inner(g)) continue;
+#pragma unroll 1
+        for (int i = 0; i < W; ++i)
+          if (static_cast<unsigned>(class_of(access, j, i)) < static_cast<unsigned>(p.C))
+            f(widened(*staged(j, i)) - pass.student_label, widened(staged(j, i)[kTeacher * W]) - pass.teacher_label);
+      }
+    };
+    const auto merged = [&](const Sums<float, 2>& sums) {
+      if constexpr (kKind == Kind::Lanes) return group.merged(sums);
+      return warp_merged(sums);
+    };
+    // A block's warps have neighbouring classes each.
+    const int begin = kKind == Kind::Block ? (first_vector - static_cast<int>(lane_id())) * W - access.head : 0;
+    const int end = kKind == Kind::Block ? begin + kHeld * static_cast<int>(kWarp) * W : p.C;
+    const float count = static_cast<float>(max(min(end, p.C) - max(begin, 0), 0));
+    Sums<float, 2> sums{};
+    each([&](float s, float t) { sums.merge({s, t}); });
+    sums = merged(sums);
+    const float mean_s = mean_of(sums.of[0], count), mean_t = mean_of(sums.of[1], count);
+    Sums<float, 2> squares{};
+    each([&](float s, float t) { squares.merge({(s - mean_s) * (s - mean_s), (t - mean_t) * (t - mean_t)}); });
+    squares = merged(squares);
+    return {count, mean_s, squares.of[0], mean_t, squares.of[1]};
+  }
+  // The scales and references of a row's exponents.
+  SORTKD_DEVICE void scale_general(Pass& pass, float temperature, const WarpMoments& of_warp) {
+    Scaled& row = pass.scaled;
+    float inverse = 1 / temperature, inverse_t = inverse;
+    row.student = {};
+    row.ce_reference = pass.student_label;
+    if (p.config.standardize) {
+      WarpMoments all = of_warp;
+      if constexpr (kKind == Kind::Block) {
+        const WarpMoments* const warps = group.exchanged(of_warp);
+        const auto merged = [&](auto&& of) {
+          Sums<float, 2> sums{};
+#pragma unroll 1
+          for (int i = static_cast<int>(lane_id()); i < group.row_warps(); i += 32) sums.merge(of(warps[i]));
+          return warp_merged(sums);
+        };
+        const float n = static_cast<float>(p.C);
+        const Sums<float, 2> means =
+            merged([&](const WarpMoments& w) { return Sums<float, 2>{w.count * w.mean_s / n, w.count * w.mean_t / n}; });
+        all.mean_s = means.of[0], all.mean_t = means.of[1];
+        const Sums<float, 2> squares = merged([&](const WarpMoments& w) {
+          const float s = w.mean_s - all.mean_s, t = w.mean_t - all.mean_t;
+          return Sums<float, 2>{w.squares_s + w.count * (s * s), w.squares_t + w.count * (t * t)};
+        });
+        all.squares_s = squares.of[0], all.squares_t = squares.of[1];
+      }
+      if (pass.y >= 0) {
+        const float n = static_cast<float>(p.C), mean_t = pass.teacher_label + all.mean_t;
+        row.student = {pass.student_label + all.mean_s, deviation(all.squares_s, n)};
+        inverse /= row.student.std + static_cast<float>(kStandardizeEps);
+        inverse_t /= deviation(all.squares_t, n) + static_cast<float>(kStandardizeEps);
+        // Near what the moments are taken about, and never above the largest.
+        if (fabsf(row.student.mean) < kInfinity<float>) row.of_student.relative_to(row.student.mean);
+        if (fabsf(mean_t) < kInfinity<float>) row.of_teacher.relative_to(mean_t);
+      }
+    }
+    row.temperature = temperature, row.inverse = inverse;
+    row.of_student.scale = inverse * static_cast<float>(kLog2e), row.of_teacher.scale = inverse_t * static_cast<float>(kLog2e);
   }
 
   // What a class above the label is above.
@@ -379,9 +560,9 @@ struct HeldRows {
     return part;
   }
   SORTKD_DEVICE void add_listed(Part<kSums>& part, const Whole& whole, float s, float t) const {
-    const float u = fmaf(s, scale, whole.offset_s), v = fmaf(t, scale, whole.offset_t), e_t = power_of_two(v);
+    const float v = whole.scaled.of_teacher(t), e_t = power_of_two(v);
     part.sums.of[kZTeacher] += e_t;
-    add_cross(part.sums, u, v, e_t);
+    add_cross(part.sums, whole.scaled.of_student(s), v, e_t);
   }
   // What the list's classes have in a row's sums, and the label's corrected logit; whether the sums keep their range then.
   // Returns the largest corrected logit of the list.
@@ -390,10 +571,10 @@ struct HeldRows {
     float second = whole.listed > 1 ? part.student : pass.teacher_label;
     if (p.config.correction == Correction::None) second = part.teacher;
     // What is on the list is the largest there is of the teacher.
-    const float v = fmaf(second, scale, whole.offset_t);
+    const float v = whole.scaled.of_teacher(second);
     whole.slow = pass.y >= 0 && !(v < log2_of(kMostOfKd * static_cast<float>(p.C)) &&
-                                  scaled(pass, whole, v > -80 ? 1.0f : whole.sums.of[kZTeacher]));
-    whole.sums.merge(part.sums);
+                                  scaled(pass, whole, v > -80 ? 1.0f : sum(whole, kZTeacher)));
+    whole.sums.merge(converted(part.sums));
     return second;
   }
 
@@ -402,10 +583,64 @@ struct HeldRows {
     const float most = kMostOfKd * static_cast<float>(p.C), most_ce = kMostOfCe * static_cast<float>(p.C);
     const float label = fmaxf(fabsf(pass.student_label), fabsf(pass.teacher_label));
     const bool is_small = label < -kBlank / 2;  // no infinite one is; a NaN is in the sums
-    return is_small & well_scaled(whole.sums.of[kZStudent], most) & well_scaled(z_t, most) &
-           (!kCe | well_scaled(z_ce(whole), most_ce));
+    return is_small & well_scaled(sum(whole, kZStudent), most) & well_scaled(z_t, most) &
+           (!kCe || (kGeneral && !p.with_ce) || well_scaled(z_ce(whole), most_ce));
   }
-  SORTKD_DEVICE float z_ce(const Whole& whole) const { return whole.sums.of[kCe ? kZCe : kZStudent]; }
+  static SORTKD_DEVICE float sum(const Whole& whole, int i) { return static_cast<float>(whole.sums.of[i]); }
+  static SORTKD_DEVICE float z_ce(const Whole& whole) { return sum(whole, kCe ? kZCe : kZStudent); }
+  static SORTKD_DEVICE RowSums converted(const ThreadSums& some) {
+    RowSums sums;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums.of[i] = some.of[i];
+    return sums;
+  }
+
+  // The row's classes one at a time, from memory, but the label and those above it; and its list, near or in order.
+  SORTKD_DEVICE void add_classes(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
+#pragma unroll 1
+    for (int c = group.member; c < p.C; c += group.size) {
+      if (c == pass.y) continue;
+      const float a = pass.access.student(c), b = pass.access.teacher(c);
+      const bool high = b > threshold_of(pass);
+      const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
+      part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
+      add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
+      if constexpr (kGeneral)
+        if (p.with_ce) part.sums.of[kZCe] += power_of_two(ce_exponent(whole.scaled)(u));
+    }
+  }
+  SORTKD_DEVICE void add_sorted(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
+#pragma unroll 1
+    for (int at = group.list_member(); at < whole.listed; at += group.list_size())
+      add_listed(part, whole, student_of(pass, whole, at), corrected(pass, whole, at));
+  }
+
+  // Of the general mode: the sums again, relative to the means, of which the moments are what is left of no cancellation.
+  SORTKD_DEVICE void recentre(Pass& pass, Whole& whole) {
+    if constexpr (kGeneral) {
+      const auto move = [](Exponent<float, kMode>& of, double moment, double z) {
+        const float old = of.reference, next = old + static_cast<float>(moment / z) / of.scale;
+        if (fabsf(next) < kInfinity<float>) of.reference = next;
+        return (of.reference - old) * of.scale;
+      };
+      const float by_s = move(whole.scaled.of_student, whole.sums.of[kMomentStudent], whole.sums.of[kZStudent]);
+      const float by_t = move(whole.scaled.of_teacher, whole.sums.of[kMomentTeacher], whole.sums.of[kZTeacher]);
+      Part<kSums> part;
+      if (whole.slow) {
+        add_classes(part, pass, whole);
+      } else {
+#pragma unroll
+        for (int n = 0; n < kValues; ++n) pass.s[n] -= by_s, pass.t[n] -= by_t;
+        add_held<true>(part.sums, pass, whole.scaled);
+      }
+      if (whole.near) {
+        part.merge(near_part(pass, whole, group.member, group.size));
+      } else if (whole.fix && group.keeps_list()) {
+        add_sorted(part, pass, whole);
+      }
+      whole.sums = group.merged(converted(part.sums));
+    }
+  }
 
   // Adds what the list has to the sums, or makes them again, relative to the maxima. False where the list has no room.
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
@@ -438,39 +673,30 @@ struct HeldRows {
 #pragma unroll 1
     for (int step = whole.fix ? kList : kMaxima;; ++step) {
       Part<kSums> part;
-#pragma unroll 1
-      for (int c = group.member; step != kList && whole.slow && c < p.C; c += group.size) {
-        if (c == pass.y) continue;
-        const float a = access.student(c), b = access.teacher(c);
-        const bool high = b > threshold_of(pass);
-        const float u = fmaf(a, scale, whole.offset_s), v = fmaf(b, scale, whole.offset_t);
-        part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
-        add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
-      }
+      if (step != kList && whole.slow) add_classes(part, pass, whole);
       if (step == kList && near) {
         part = near_part(pass, whole, group.member, group.size);
       } else if (has_list && (step == kList || (step == kAgain && whole.slow))) {
-#pragma unroll 1
-        for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
-          // All blocks learn the two largest of the teacher.
-          if (step == kList && at == 0) part.teacher = list[0].value();
-          if (step == kList && at == 1) part.student = list[1].value();
-          add_listed(part, whole, student_of(pass, whole, at), corrected(pass, whole, at));
-        }
+        add_sorted(part, pass, whole);
+        // All blocks learn the two largest of the teacher.
+        const int at = group.list_member();
+        if (step == kList && at < whole.listed && at < 2) (at == 0 ? part.teacher : part.student) = list[at].value();
       }
       part = group.merged(part);
       if (step == kMaxima) {
         if (!whole.slow) continue;
         if (whole.listed > 0) part.teacher = fmaxf(part.teacher, second);
-        whole.offset_s = -(reference_of(part.student, pass.student_label) * scale);
-        whole.offset_t = -(reference_of(part.teacher, pass.teacher_label) * scale);
+        const float largest = reference_of(part.student, pass.student_label);
+        whole.scaled.of_student.relative_to(largest);
+        whole.scaled.of_teacher.relative_to(reference_of(part.teacher, pass.teacher_label));
+        if constexpr (kGeneral) whole.scaled.ce_reference = largest;
         whole.sums = {};
         continue;
       }
       if (step == kList && whole.listed > 0)
         second = add_list(pass, whole, part);
       else
-        whole.sums.merge(part.sums);
+        whole.sums.merge(converted(part.sums));
       if (step == kAgain || !any(whole.slow)) break;
     }
     return true;
@@ -491,7 +717,7 @@ struct HeldRows {
     // A warp that has too many makes them too many for the list.
     const bool fits = pass.listed <= kNearOfWarp;
     Sums<int, 2> all_and_before;
-    whole.sums = group.merged(pass.sums, fits ? pass.listed : kNearOfBlock + 1, all_and_before);
+    whole.sums = group.merged(converted(pass.sums), fits ? pass.listed : kNearOfBlock + 1, all_and_before);
     whole.listed = all_and_before.of[0];
     whole.near = is_near(whole.listed);
     if (!whole.near) return;
@@ -512,36 +738,76 @@ struct HeldRows {
     }
   }
 
+  static SORTKD_DEVICE float at_label(const Terms& terms) {
+    if constexpr (kGeneral)
+      return terms.on.at_label;
+    else
+      return terms.at_label;
+  }
+  // The gradient at a class, from what pass.s and pass.t have of it.
+  SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms) const {
+    if constexpr (kGeneral) {
+      const Coefficients<float>& on = terms.on;
+      const CeExponent exponent = ce_exponent(scaled);
+      const float about = scaled.of_student.reference - scaled.student.mean, unit = 1 / scaled.of_student.scale;
+      return [=, &p = p](float u, float v) {
+        float g = fmaf(power_of_two(u), on.on_student, -(power_of_two(v) * on.on_teacher));
+        if (p.with_ce) g = fmaf(power_of_two(exponent(u)), on.on_ce, g);
+        return p.config.standardize ? fmaf(fmaf(u, unit, about), -on.dstd, g) : g;
+      };
+    } else {
+      // Of the exponential's first, second and fourth power.
+      const float first = terms.on_student + (kCe ? 0.0f : terms.on_ce), on_ce = terms.on_ce, on_teacher = terms.on_teacher;
+      const float second = p.power == 2 ? on_ce : 0.0f, fourth = p.power == 4 ? on_ce : 0.0f;
+      return [=, &p = p](float s, float e_t) {
+        if constexpr (kAny) return fmaf(power_of_two(s), first, fmaf(power_of_two(p.power * s), on_ce, -(e_t * on_teacher)));
+        const float by = kCe ? fmaf(s, fmaf(s * s, fourth, second), first) : first;
+        return fmaf(s, by, -(e_t * on_teacher));
+      };
+    }
+  }
+
   // The sums put together, the losses, and the gradient.
-  SORTKD_DEVICE void finish(const Pass& pass, int row) {
+  SORTKD_DEVICE void finish(Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    Whole whole{{}, pass.offset_s, pass.offset_t, pass.teacher_label, 0, false, false, false};
-    KdTerms on;
-    const auto make_terms = [&] {
-      const KdSums row_sums{whole.sums.of[kZStudent],
-                            whole.sums.of[kZTeacher],
-                            whole.sums.of[kCross],
-                            z_ce(whole),
-                            fmaf(pass.student_label, scale, whole.offset_s),
-                            fmaf(whole.top, scale, whole.offset_t)};
-      // The sums of a row that does not count are 0, so that its terms are, and its gradient.
-      float weight = this->weight;
-      if (p.grad_output && counts) weight *= p.grad_output[row * p.grad_output_stride];
-      on = kd_terms(p, row_sums, weight, p.temperature_value, p.inverse_temperature);
+    Whole whole{{}, pass.scaled, pass.teacher_label, 0, false, false, false};
+    Terms on;
+    const auto weight_of_row = [&] {
+      return p.grad_output && counts ? weight * p.grad_output[row * p.grad_output_stride] : weight;
     };
+    const auto make_terms = [&] {
+      const float weight = weight_of_row();
+      if constexpr (kGeneral) {
+        on = {};
+        if (counts) on = general_terms(p, whole.sums, whole.scaled, pass.student_label, whole.top, weight);
+      } else {
+        // The sums of a row that does not count are 0, so that its terms are, and its gradient.
+        const KdSums row_sums{sum(whole, kZStudent),
+                              sum(whole, kZTeacher),
+                              sum(whole, kCross),
+                              z_ce(whole),
+                              whole.scaled.of_student(pass.student_label),
+                              whole.scaled.of_teacher(whole.top)};
+        on = kd_terms(p, row_sums, weight, p.temperature_value, p.inverse_temperature);
+      }
+    };
+    const bool recentres = kGeneral && p.grad_temperature;
     if constexpr (kKind == Kind::Lanes) {
-      whole.sums = kOneRow ? warp_gathered<kSums>(warp_scattered(pass.sums)) : group.merged(pass.sums);
-      whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
+      const RowSums sums = converted(pass.sums);
+      whole.sums = kOneRow ? warp_summed(sums) : group.merged(sums);
+      whole.slow = counts & !scaled(pass, whole, sum(whole, kZTeacher));
       // The rows of a warp take the steps of the list together.
       whole.listed = pass.listed, whole.fix = pass.fix, whole.near = pass.fix && !pass.shares;
       if (whole.fix || any(whole.slow)) complete(pass, whole, row);
+      if (recentres) recentre(pass, whole);
       make_terms();
+      if (recentres) put_pending(pass, whole, row, weight_of_row());
     } else {
       Posted& posted = *reinterpret_cast<Posted*>(shared_memory() + p.list.notes);
       gather(pass, whole);
       if (group.leads()) {
-        whole.slow = counts & !scaled(pass, whole, whole.sums.of[kZTeacher]);
+        whole.slow = counts & !scaled(pass, whole, sum(whole, kZTeacher));
         if (threadIdx.x == 0) posted.sums = whole.sums;
         if (whole.near && !whole.slow)
           add_list(pass, whole, warp_merged(near_part(pass, whole, static_cast<int>(threadIdx.x), kWarp)));
@@ -549,9 +815,15 @@ struct HeldRows {
 #pragma unroll 1
       for (bool completed = false;; completed = true) {
         if (group.leads()) {
-          make_terms();
+          if (!recentres) make_terms();
           // No warp still reads the row before's: each sent its part of these sums after it had.
-          if (threadIdx.x == 0) posted.on = on, posted.listed = whole.listed, posted.slow = whole.slow;
+          if (threadIdx.x == 0) {
+            if (recentres)
+              posted.sums = whole.sums, posted.top = whole.top;
+            else
+              posted.on = on;
+            posted.listed = whole.listed, posted.slow = whole.slow;
+          }
         }
         __syncthreads();
         if (completed) break;
@@ -562,6 +834,13 @@ struct HeldRows {
         whole.sums = posted.sums;
         if (!complete(pass, whole, row)) return;
       }
+      if (recentres) {
+        whole.sums = posted.sums, whole.top = posted.top;
+        recentre(pass, whole);
+        if (group.leads()) make_terms(), put_pending(pass, whole, row, weight_of_row());
+        if (threadIdx.x == 0) posted.on = on;
+        __syncthreads();
+      }
       on = posted.on;
     }
     if (here(row) && group.member == 0) {
@@ -569,19 +848,11 @@ struct HeldRows {
       if (kKind == Kind::Block && p.overflow) p.overflow[row] = 0;
     }
     if (p.grad) {
-      // Of the exponential's first, second and fourth power.
-      const float first = on.on_student + (kCe ? 0.0f : on.on_ce);
-      const float second = p.power == 2 ? on.on_ce : 0.0f, fourth = p.power == 4 ? on.on_ce : 0.0f;
       // Of what pass.s and pass.t have.
-      const auto gradient = [&](float s, float e_t) {
-        if constexpr (kAny)
-          return fmaf(power_of_two(s), first, fmaf(power_of_two(p.power * s), on.on_ce, -(e_t * on.on_teacher)));
-        const float by = kCe ? fmaf(s, fmaf(s * s, fourth, second), first) : first;
-        return fmaf(s, by, -(e_t * on.on_teacher));
-      };
+      const auto gradient = gradient_by(whole.scaled, on);
       const auto gradient_of = [&](float a, float b) {
-        const float u = fmaf(a, scale, whole.offset_s);
-        return gradient(kAny ? u : power_of_two(u), power_of_two(fmaf(b, scale, whole.offset_t)));
+        const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
+        return gradient(kAny || kGeneral ? u : power_of_two(u), kGeneral ? v : power_of_two(v));
       };
       if (whole.fix && !whole.near) {
         // While the logits are there still.
@@ -604,6 +875,8 @@ struct HeldRows {
         float grads[W];
 #pragma unroll
         for (int i = 0; i < W; ++i) grads[i] = gradient(pass.s[j * W + i], pass.t[j * W + i]);
+        if (kGeneral && !counts)  // the exponents are infinite
+          for (float& grad : grads) grad = 0;
         store_if(stride() * j < end && (j > 0 || first_vector >= access.begin()), to + stride() * j, pack<X>(grads));
       }
       if (here(row) && (by_class || !p.aligned))
@@ -613,7 +886,7 @@ struct HeldRows {
           return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
         });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
-      if (pass.has_label) access.put(pass.y, on.at_label);
+      if (pass.has_label) access.put(pass.y, at_label(on));
       if (kKind == Kind::Block && whole.near) {
         // By the threads that have written their vectors.
 #pragma unroll 1
@@ -639,11 +912,8 @@ struct HeldRows {
   }
 };
 
-// Sixteen warps a processor; of rows of lanes with exponentials of the cross-entropy's own, which hold more, twelve.
-constexpr int least_held_blocks(Kind kind, Mode mode) { return kind == Kind::Block ? 1 : mode == Mode::KdCeAny ? 3 : 4; }
-
 template <class X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-__global__ void __launch_bounds__(kKind == Kind::Lanes ? kSmallBlock : kMostRowBlock, least_held_blocks(kKind, kMode))
+__global__ void __launch_bounds__(most_threads(kKind, kMode), held_warps(kKind, kMode) * 32 / most_threads(kKind, kMode))
     sort_kd_held(const __grid_constant__ Params<float> p) {
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);

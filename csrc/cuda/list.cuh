@@ -140,7 +140,7 @@ SORTKD_DEVICE Entry<float>* sort_by_digits(Entry<float>* from, Entry<float>* to,
 }
 
 // Shared memory for what some thread of a block has for all of them.
-constexpr int kNoteBytes = 48;
+constexpr int kNoteBytes = 112;
 
 // Where the launch has put the lists: pointers would take registers.
 struct ListPlaces {

@@ -126,10 +126,12 @@ struct Plan {
     const int bytes_s = bytes_of(args.student_dtype), bytes_t = bytes_of(args.teacher_dtype);
     mode = mode_of(args);
     vectors = has_vectors(args);
-    aligned = false;
+    aligned = vectors && reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
+    if (vectors) shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode, d);
+    // Rows that are read twice, or have two dtypes, take the cross-entropy at any temperature as all else.
+    if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) mode = Mode::General;
     if (vectors) {
-      aligned = reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
-      shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode >= Mode::KdCeAny, mode == Mode::General, d);
+      if (mode == Mode::General) shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode, d);
     } else if (args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
                !args.acc_double()) {
       shape = choose_columns(C);
@@ -138,19 +140,16 @@ struct Plan {
       if (!has_whole_vectors(args)) mode = Mode::General;
       // Rows of two dtypes that the lanes of a warp can hold.
       if (mode != Mode::General && !args.teacher_indices)
-        if (const Shape lanes = choose_vectors(rows, C, 4, true, true, true, d); lanes.kind == Kind::Lanes) shape = lanes;
+        if (const Shape lanes = choose_vectors(rows, C, 4, true, Mode::General, d); lanes.kind == Kind::Lanes) shape = lanes;
     }
-
-    // Rows that are read twice, or have two dtypes, take any temperature as all else.
-    if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) mode = Mode::General;
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
     const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
     const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
     const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
-    blocks = choose_blocks(shape, rows, C * (bytes_s + bytes_t), d);
+    blocks = choose_blocks(shape, mode, rows, C * (bytes_s + bytes_t), d);
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
-    if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape));
+    if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape, mode));
     room = static_cast<int>(most_listed);
     bool in_device = false;
     overflows = false;
@@ -164,7 +163,7 @@ struct Plan {
         overflows = true;
         room = static_cast<int>(most_room);
         rest = choose_mixed(C);
-        rest_blocks = std::min(choose_blocks(rest, rows, C * (bytes_s + bytes_t), d), d.processors);
+        rest_blocks = std::min(choose_blocks(rest, Mode::General, rows, C * (bytes_s + bytes_t), d), d.processors);
         long_blocks = overrides.long_room ? 1 : static_cast<int>(std::min<int64_t>(rest_blocks, most_lists));
       }
     }
@@ -184,9 +183,7 @@ struct Plan {
   }
 
   // Classes of a vector of rows that held.cuh takes, else 0.
-  int staged_width(const LossArgs& args) const {
-    return vectors && shape.held > 0 && mode != Mode::General ? 16 / bytes_of(args.student_dtype) : 0;
-  }
+  int staged_width(const LossArgs& args) const { return vectors && shape.held > 0 ? 16 / bytes_of(args.student_dtype) : 0; }
 
   Params<T> params(const LossArgs& args) const {
     const LossConfig& config = args.config;
@@ -263,6 +260,8 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
   p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * shape.threads / 32);
   p.counted = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
+  const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
+  p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
   if (in_device) {
     p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
@@ -274,6 +273,7 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
 template <typename T>
 cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Shape& shape, Mode mode, const Launch& launch,
                    const Params<T>& p, cudaStream_t stream) {
+  assert(launch.threads <= most_threads(shape.kind, mode));
   if constexpr (std::is_same_v<T, float>) {
     if (plan.vectors) {
       Params<T> q = p;

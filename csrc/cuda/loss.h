@@ -7,11 +7,6 @@
 namespace sortkd {
 namespace cuda {
 
-// What the passes over a row compute: KD, and at temperature 1 the cross-entropy, which has the same exponentials; KD and
-// the cross-entropy at temperatures 2 and 4, where exp(s) = exp(s / T)^T; at another temperature, with exponentials of its
-// own, of rows that are held; or what else there is: z-scores, the temperature's gradient, a temperature in a tensor.
-enum class Mode { Kd, KdCe, KdCeAny, General };
-
 // Which classes a row's list has: those above its label, in shared memory (of doubles also in device memory); the same of
 // rows that have too many for that, the only ones of a launch of their own, in either; or the k of a top-k teacher, too.
 enum class Lists { Short, Long, TopK };
@@ -44,7 +39,7 @@ struct Params : LossInputs {
   int log_lanes, cluster, groups, step;
   int64_t tiles;
   ListPlaces list;
-  int totals, counted, merging, stage;  // as the lists' places
+  int totals, counted, merging, stage, pending;  // as the lists' places
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
   unsigned long long* overflowed;  // the call's number where there is such a row; else what memory holds
@@ -107,7 +102,7 @@ cudaError_t grant(Kernel* kernel, size_t shared_bytes) {
 int most_cluster(const Device& device);
 
 // Clusters of blocks that hold rows, of such a shape, that run at once.
-int resident_clusters(const Shape& shape);
+int resident_clusters(const Shape& shape, Mode mode);
 
 // X: float, BFloat16, Half.
 template <typename X>

@@ -16,26 +16,13 @@
 namespace sortkd {
 namespace cuda {
 
-// What the logits of a side are turned into: exponents of two.
-template <typename T, Mode mode>
-struct Exponent {
-  T scale, reference;
-  SORTKD_DEVICE T operator()(T x) const {
-    // One instruction; its error grows with the logit, not with the difference, which is as much as the logit's own.
-    if constexpr (mode != Mode::General) return fma(x, scale, -(reference * scale));
-    return (x - reference) * scale;
-  }
-};
-
 template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
 struct Row {
   using T = typename A::T;
   static constexpr int W = A::W;
   static constexpr bool kGeneral = kMode == Mode::General, kTopK = kLists == Lists::TopK, kLong = kLists == Lists::Long;
-  // z_student, z_teacher, cross, z_ce, and the moments of student, teacher, cross.
-  // The moments nearly cancel: their sums over more than a few terms are in double, as what is made of them.
   using S = std::conditional_t<kGeneral, double, T>;
-  static constexpr int kSums = kGeneral ? 7 : kMode == Mode::KdCe ? 4 : 3;
+  static constexpr int kSums = kGeneral ? kGeneralSums : kMode == Mode::KdCe ? 4 : 3;
   static constexpr T kLowest = -kInfinity<T>;
   static constexpr T kBits = static_cast<T>(kLog2e);
 
@@ -77,44 +64,20 @@ struct Row {
       }
     }
   }
-  // f(s, t) for each class but the label. Vectors that are the row's alone come from registers, where these are given.
+  // f(s, t) for each class but the label.
   template <typename F>
-  SORTKD_DEVICE void each_other(F&& f, const typename A::Raw* raw_s = nullptr,
-                                const typename A::RawTeacher* raw_t = nullptr) const {
-    const auto held = [&](int g) { return kHeld > 0 && raw_s && counts && access.inner(g) && g != label_vector; };
-    unsigned others = 0;  // vectors that are read again: a bit each
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      const int g = group.member + group.size * j;
-      if (!held(g)) {
-        others |= g < live ? 1u << j : 0;
-        continue;
-      }
+  SORTKD_DEVICE void each_other(F&& f) const {
+#pragma unroll 1
+    for (int g = group.member; g < live; g += group.size) {
+      typename A::Raw raw_s;
+      typename A::RawTeacher raw_t;
       T s[W], t[W];
-      access.unpacked(raw_s[j], raw_t[j], s, t);
-#pragma unroll
-      for (int i = 0; i < W; ++i) f(s[i], t[i]);
-    }
-    const auto read = [&](int g) {
-      T s[W], t[W];
-      load(g, s, t);
+      access.fetch(g, raw_s, raw_t);
+      access.unpacked(raw_s, raw_t, s, t);
 #pragma unroll
       for (int i = 0; i < W; ++i)
         if (is_other(class_of(g, i))) f(s[i], t[i]);
-    };
-    if constexpr (kHeld > 0) {
-#pragma unroll 1
-      for (; others; others &= others - 1) read(group.member + group.size * (__ffs(static_cast<int>(others)) - 1));
-    } else {
-#pragma unroll 1
-      for (int g = group.member; g < live; g += group.size) read(g);
     }
-  }
-  SORTKD_DEVICE void load(int g, T* s, T* t) const {
-    typename A::Raw raw_s;
-    typename A::RawTeacher raw_t;
-    access.fetch(g, raw_s, raw_t);
-    access.unpacked(raw_s, raw_t, s, t);
   }
   SORTKD_DEVICE bool in_row(int c) const { return static_cast<unsigned>(c) < static_cast<unsigned>(p.C); }
   SORTKD_DEVICE bool is_other(int c) const { return counts && in_row(c) && c != y; }
@@ -198,11 +161,10 @@ struct Row {
   }
 
   // Mean and 1 / (std + eps) of both sides, the values relative to the label's: a constant row has a deviation of 0.
-  SORTKD_DEVICE void statistics(const typename A::Raw* raw_s, const typename A::RawTeacher* raw_t, MeanStd<T>& student,
-                                MeanStd<T>& teacher) {
+  SORTKD_DEVICE void statistics(MeanStd<T>& student, MeanStd<T>& teacher) {
     const T n = static_cast<T>(p.C);
     Sums<T, 2> sums{};
-    each_other([&](T s, T t) { sums.of[0] += s - student_label, sums.of[1] += t - teacher_label; }, raw_s, raw_t);
+    each_other([&](T s, T t) { sums.of[0] += s - student_label, sums.of[1] += t - teacher_label; });
     sums = group.merged(sums);
     const T mean_s = sums.of[0] / n, mean_t = sums.of[1] / n;
     Sums<T, 2> squares{};
@@ -211,12 +173,10 @@ struct Row {
       squares.of[1] += (t - teacher_label - mean_t) * (t - teacher_label - mean_t);
     };
     if (group.member == 0) add(student_label, teacher_label);
-    each_other(add, raw_s, raw_t);
+    each_other(add);
     squares = group.merged(squares);
-    // 0, or NaN for a row with one.
-    const auto deviation = [&](T x) { return p.C > 1 && x > T(0) ? sqrt(x / (n - T(1))) : x - x; };
-    student = {student_label + mean_s, deviation(squares.of[0])};
-    teacher = {teacher_label + mean_t, deviation(squares.of[1])};
+    student = {student_label + mean_s, deviation(squares.of[0], n)};
+    teacher = {teacher_label + mean_t, deviation(squares.of[1], n)};
   }
 
   // Exponentials relative to the maxima of the others.
@@ -237,17 +197,18 @@ struct Row {
     // Above the label, the largest goes to the label.
     if (p.config.correction != Correction::None && largest.teacher > teacher_label)
       largest.teacher = max(largest.second, teacher_label);
-    of_student.reference = ce_reference = reference_of(largest.student, student_label);
-    of_teacher.reference = reference_of(largest.teacher, teacher_label);
+    ce_reference = reference_of(largest.student, student_label);
+    of_student.relative_to(ce_reference);
+    of_teacher.relative_to(reference_of(largest.teacher, teacher_label));
   }
 
   SORTKD_DEVICE void add_teacher(Sums<T, kSums>& sums, T u, T v, T e) const {
-    sums.of[1] += e;
+    sums.of[kZTeacher] += e;
     if (e != T(0)) {  // where p is 0 the class counts 0, whatever q
-      sums.of[2] = fma(e, v - u, sums.of[2]);
+      sums.of[kCross] = fma(e, v - u, sums.of[kCross]);
       if constexpr (kGeneral) {
-        sums.of[5] = fma(e, v, sums.of[5]);
-        sums.of[6] = fma(e, v * (v - u), sums.of[6]);
+        sums.of[kMomentTeacher] = fma(e, v, sums.of[kMomentTeacher]);
+        sums.of[kMomentCross] = fma(e, v * (v - u), sums.of[kMomentCross]);
       }
     }
   }
@@ -292,18 +253,19 @@ struct Row {
           of_student.scale = of_teacher.scale = inverse * kBits;
         }
         if (p.config.standardize) {
-          statistics(raw_s, raw_t, statistics_s, statistics_t);
+          statistics(statistics_s, statistics_t);
           of_teacher.scale = inverse / (statistics_t.std + static_cast<T>(kStandardizeEps)) * kBits;
           inverse /= statistics_s.std + static_cast<T>(kStandardizeEps);
           of_student.scale = inverse * kBits;
         }
       }
-      of_student.reference = ce_reference = student_label;
-      of_teacher.reference = teacher_label;
+      ce_reference = student_label;
+      of_student.relative_to(student_label);
+      of_teacher.relative_to(teacher_label);
       if (kGeneral && p.config.standardize) {
         // Near what the moments are taken about, and never above the largest.
-        if (fabs(statistics_s.mean) < kInfinity<T>) of_student.reference = statistics_s.mean;
-        if (fabs(statistics_t.mean) < kInfinity<T>) of_teacher.reference = statistics_t.mean;
+        if (fabs(statistics_s.mean) < kInfinity<T>) of_student.relative_to(statistics_s.mean);
+        if (fabs(statistics_t.mean) < kInfinity<T>) of_teacher.relative_to(statistics_t.mean);
         centred = true;
       }
 
@@ -358,11 +320,11 @@ struct Row {
         for (int i = 0; i < W; ++i) {
           const T u = of_student(sv[i]), v = of_teacher(tv[i]);
           const T e = power_of_two(u), e_t = power_of_two(v);
-          some.of[0] += e;
+          some.of[kZStudent] += e;
           add_teacher(some, u, v, e_t);
-          if constexpr (kMode != Mode::Kd) some.of[3] += ce_exponential(sv[i], e);
+          if constexpr (kMode != Mode::Kd) some.of[kZCe] += ce_exponential(sv[i], e);
           if constexpr (kGeneral)
-            if (e != T(0)) some.of[4] = fma(e, u, some.of[4]);
+            if (e != T(0)) some.of[kMomentStudent] = fma(e, u, some.of[kMomentStudent]);
         }
       };
       const auto then = [&](int g) {
@@ -402,16 +364,16 @@ struct Row {
       sums = group.merged(sums);
       if (group.blocks() > 1 && above > 0) top = *notes();
       const auto fits = [&](S z) { return well_scaled<S>(z, kMostOfKd * S(p.C)); };
-      need =
-          counts && !to_maxima &&
-          !(fits(sums.of[0]) && fits(sums.of[1]) && (kSums < 4 || !p.with_ce || fits(sums.of[3] * S(kMostOfKd / kMostOfCe))));
+      need = counts && !to_maxima &&
+             !(fits(sums.of[kZStudent]) && fits(sums.of[kZTeacher]) &&
+               (kSums < 4 || !p.with_ce || fits(sums.of[kZCe] * S(kMostOfKd / kMostOfCe))));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
       // Relative to the means, the moments are what is left of no cancellation.
       centred = true;
       if constexpr (kGeneral) {
-        const T mean_s = static_cast<T>(sums.of[4] / sums.of[0]) / of_student.scale;
-        const T mean_t = static_cast<T>(sums.of[5] / sums.of[1]) / of_teacher.scale;
+        const T mean_s = static_cast<T>(sums.of[kMomentStudent] / sums.of[kZStudent]) / of_student.scale;
+        const T mean_t = static_cast<T>(sums.of[kMomentTeacher] / sums.of[kZTeacher]) / of_teacher.scale;
         if (fabs(mean_s) < kInfinity<T>) of_student.reference += mean_s;
         if (fabs(mean_t) < kInfinity<T>) of_teacher.reference += mean_t;
       }
@@ -423,62 +385,24 @@ struct Row {
                             const MeanStd<T>& statistics, T count, typename A::Raw* raw_s, typename A::RawTeacher* raw_t) {
     T weight = here && p.grad_output ? p.grad_output[row * p.grad_output_stride] : T(1);
     weight /= count;
-    T kd = 0, ce = 0;
+    T kd, ce;
     Coefficients<T> on{};
-    constexpr bool kDouble = std::is_same_v<T, double>;
-    const bool in_doubles = kDouble || (kGeneral && p.grad_temperature);
     if constexpr (kGeneral) {
-      if (in_doubles) {
-        RowSums<S> r{};
-        constexpr S kNats = static_cast<S>(kLn2);
-        r.z_student = sums.of[0], r.z_teacher = sums.of[1], r.cross = sums.of[2] * kNats, r.z_ce = sums.of[3];
-        r.v_label_student = S(of_student(student_label)) * kNats;
-        r.v_label_teacher = S(of_teacher(corrected_label(top))) * kNats;
-        r.v_label_ce = student_label - ce_reference;
-        r.moment_student = sums.of[4] * kNats, r.moment_teacher = sums.of[5] * kNats;
-        r.moment_cross = sums.of[6] * (kNats * kNats);
-        const RowTerms<S> terms =
-            row_terms(r, row_logs(r, p.with_ce), S(temperature), p.decoupled, S(p.alpha), S(p.beta), p.with_ce, p.moments);
-        kd = T(terms.kd), ce = T(terms.ce);
-        if (p.grad_temperature && here && group.member == 0)
-          p.grad_temperature[row] = counts ? weight * p.kd_weight * T(terms.grad_temperature) : T(0);
-        const auto of = gradient_coefficients(terms, p.config, S(weight), S(temperature), S(inverse), S(p.C), S(student_label),
-                                              MeanStd<S>{statistics.mean, statistics.std});
-        on = {T(of.on_student), T(of.on_teacher), T(of.on_ce), T(of.at_label), T(of.dstd)};
-      }
-    }
-    if constexpr (!kDouble) {
-      if (!in_doubles) {
-        const auto sum = [&](int i) { return static_cast<float>(sums.of[i]); };
-        const KdSums r{sum(0),
-                       sum(1),
-                       sum(2),
-                       sum(kMode == Mode::KdCe ? 3 : 0),
-                       of_student(student_label),
-                       of_teacher(corrected_label(top))};
-        KdTerms terms = kd_terms(p, r, weight, temperature, inverse);
-        if constexpr (kGeneral) {
-          if (p.config.standardize && statistics.std > 0.0f) {  // as gradient_coefficients
-            // Relative to a mean: the gradients sum to 0 but for roundings, and what exponents are relative to may be far.
-            const float mean_s = mean_of(sum(4), sum(0));
-            const float mean_t = mean_of(static_cast<float>(sums.of[5] - sums.of[2]), sum(1));
-            const float u_dot_grad =
-                (terms.on_teacher * sum(1) * (mean_s - mean_t) + expected(terms.at_label, r.u_label - mean_s)) *
-                static_cast<float>(kLn2);
-            on.dstd = u_dot_grad / (inverse * static_cast<float>(p.C - 1) * statistics.std *
-                                    (statistics.std + static_cast<float>(kStandardizeEps)));
-          }
-          if (p.with_ce) {
-            const float u = student_label - ce_reference, shift = u > -1.0f ? u : 0.0f, rest = (u - shift) * kBits;
-            add_ce(terms, rest, power_of_two(rest), power_of_two(-shift * kBits), sum(3), weight * p.ce_weight);
-          }
-        }
-        kd = terms.kd, ce = terms.ce;
-        // At temperature 1 the cross-entropy has the exponentials of KD.
-        on.on_student = terms.on_student + (kMode == Mode::Kd ? terms.on_ce : 0.0f);
-        on.on_teacher = terms.on_teacher, on.on_ce = terms.on_ce;
-        on.at_label = terms.at_label - (on.dstd == 0.0f ? 0.0f : on.dstd * (student_label - statistics.mean));
-      }
+      const GeneralRow<T> of_row{of_student, of_teacher, temperature, inverse, statistics, ce_reference};
+      const T label = corrected_label(top);
+      const GeneralTerms<T> terms = general_terms(p, sums, of_row, student_label, label, weight);
+      kd = terms.kd, ce = terms.ce, on = terms.on;
+      if (p.grad_temperature && here && group.member == 0)
+        p.grad_temperature[row] =
+            counts ? temperature_gradient(p, sums, of_student(student_label), of_teacher(label), temperature, weight) : T(0);
+    } else {
+      const KdSums r{sums.of[kZStudent],        sums.of[kZTeacher],
+                     sums.of[kCross],           sums.of[kMode == Mode::KdCe ? kZCe : kZStudent],
+                     of_student(student_label), of_teacher(corrected_label(top))};
+      const KdTerms terms = kd_terms(p, r, weight, temperature, inverse);
+      kd = terms.kd, ce = terms.ce;
+      // At temperature 1 the cross-entropy has the exponentials of KD.
+      on = {terms.on_student + (kMode == Mode::Kd ? terms.on_ce : 0), terms.on_teacher, terms.on_ce, terms.at_label, 0};
     }
     if (!counts) on = {}, kd = ce = T(0);
     if (here && group.member == 0) write_row(p, group.slot, row, kd, ce, rank());
@@ -542,12 +466,6 @@ struct Row {
 
 // ---- The kernel
 
-constexpr int most_threads(Kind kind, int held, Mode mode) {
-  if (kind == Kind::Lanes) return kSmallBlock;
-  if (kind == Kind::Columns) return kGeneralBlock;
-  return mode != Mode::General ? kMostRowBlock : held > 0 ? kGeneralBlock : kMixedBlock;
-}
-
 // Blocks a processor: what limits registers, where that spills none.
 template <class A>
 constexpr int least_blocks(Kind kind, Mode mode) {
@@ -555,7 +473,7 @@ constexpr int least_blocks(Kind kind, Mode mode) {
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
-__global__ void __launch_bounds__(most_threads(kKind, kHeld, kMode), least_blocks<A>(kKind, kMode))
+__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks<A>(kKind, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;

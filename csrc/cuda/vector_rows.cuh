@@ -14,11 +14,12 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
   const bool lanes = shape.kind == Kind::Lanes;
   if (p.long_blocks) return run(sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Long>);
+  if (shape.held == 0)
+    return run(mode == Mode::General ? sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>
+                                     : kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
   if (mode == Mode::General)
-    return run(lanes            ? sort_kd_rows<V, Kind::Lanes, kMost, Mode::General, Lists::Short>
-               : shape.held > 0 ? sort_kd_rows<V, Kind::Block, kMost, Mode::General, Lists::Short>
-                                : sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>);
-  if (shape.held == 0) return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
+    return run(lanes ? sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::General>
+                     : sort_kd_held<X, Kind::Block, kMost, -1, Mode::General>);
   if (mode == Mode::KdCeAny)
     return run(lanes ? sort_kd_held<X, Kind::Lanes, kMost, -1, Mode::KdCeAny>
                      : sort_kd_held<X, Kind::Block, kMost, -1, Mode::KdCeAny>);
