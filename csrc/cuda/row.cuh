@@ -51,8 +51,9 @@ struct Row {
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
     if constexpr (kHeld > 0) {
+      const int first = compiler_barrier(group.member);  // the places are not kept from pass to pass
 #pragma unroll
-      for (int j = 0; j < kHeld; ++j) f(group.member + group.size * j, j);
+      for (int j = 0; j < kHeld; ++j) f(first + group.size * j, j);
     } else {
 #pragma unroll 1
       for (int first = group.member; first < end; first += group.size * kRaw) {
@@ -302,7 +303,12 @@ struct Row {
         T largest = tv[0];
 #pragma unroll
         for (int i = 1; i < W; ++i) largest = max(largest, tv[i]);
-        if (!access.inner(g) || !counts || g == label_vector || (!kTopK && largest > threshold)) {
+        if constexpr (W == 1 && !kTopK) {  // with no branch
+          const bool other = g < live && g != label_vector, high = other && largest > threshold;
+          *sv = other ? *sv : kLowest;
+          *tv = other && !high ? *tv : kLowest;
+          higher |= high ? 1u << j : 0;
+        } else if (!access.inner(g) || !counts || g == label_vector || (!kTopK && largest > threshold)) {
 #pragma unroll
           for (int i = 0; i < W; ++i) {
             const bool other = is_other(class_of(g, i)), high = !kTopK && other && tv[i] > threshold;
@@ -428,13 +434,14 @@ struct Row {
         });
       group.sync();
     }
+    const int end = here && !p.scalar_grads ? access.count : 0;
     const auto write = [&](int g, int j) {
       T grads[W], sv[W], tv[W];
       access.unpacked(raw_s[j], raw_t[j], sv, tv);
 #pragma unroll
       for (int i = 0; i < W; ++i)
         grads[i] = counts ? gradient(power_of_two(of_student(sv[i])), power_of_two(of_teacher(tv[i])), sv[i]) : T(0);
-      if (here && !p.scalar_grads && access.inner(g)) access.store(g, grads);
+      if (g < end && (W == 1 || access.inner(g))) access.store(g, grads);
     };
     each(access.count, raw_s, raw_t, write, [](int) {});
     if (here)
@@ -466,14 +473,14 @@ struct Row {
 
 // ---- The kernel
 
-// Blocks a processor: what limits registers, where that spills none.
-template <class A>
-constexpr int least_blocks(Kind kind, Mode mode) {
-  return mode != Mode::General && (kind == Kind::Lanes || (kind == Kind::Columns && !kIsMixed<A>)) ? 3 : 1;
+// Blocks a processor, which limits registers.
+constexpr int least_blocks(Kind kind, int held, Mode mode) {
+  if (mode == Mode::General || kind == Kind::Block) return 1;
+  return kind == Kind::Lanes ? 3 : held > 0 ? 2 : 1;
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
-__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks<A>(kKind, kMode))
+__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind, kHeld, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;
