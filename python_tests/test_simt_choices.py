@@ -29,6 +29,7 @@ CHOICES = {
     "a warp a row": {"lanes": 32, "blocks": 1},
     "a block a row": {"lanes": 64, "blocks": 1},
     "a cluster a row": {"lanes": 128, "cluster": 2, "blocks": 2},
+    "clusters of three": {"lanes": 96, "cluster": 3, "blocks": 3},
     "clusters of four, ranks over 2 in a launch of their own": {
         "lanes": 256,
         "cluster": 4,

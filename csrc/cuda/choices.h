@@ -171,7 +171,7 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, Mo
     int threads = ceil_div(ceil_div(vectors, most_held), 32) * 32, cluster = 1;
     if (overrides.lanes > 32) threads = std::max(threads, overrides.lanes);
     if (device.cluster > 1 || overrides.cluster) {
-      while (cluster < kCluster && ceil_div(threads, cluster) > row_block) cluster *= 2;
+      cluster = std::min(kCluster, ceil_div(threads, row_block));
       if (device.cluster == kMostCluster && ceil_div(threads, cluster) > most) cluster = kMostCluster;
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;

@@ -174,9 +174,9 @@ struct List {
   SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && own ? own : in_shared() + group.slot * places.room; }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
-  // The caller has a barrier before any thread appends.
+  // Of a row's threads in one block, as append. The caller has a barrier before any thread appends.
   SORTKD_DEVICE void clear() const {
-    if (group.keeps_list() && group.list_member() == 0) *count() = 0;
+    if (group.list_member() == 0) *count() = 0;
   }
   SORTKD_DEVICE void put(int at, T value, int c) const {
     const auto entry = Entry<T>::of(value, c);
@@ -187,7 +187,7 @@ struct List {
   }
   // Beyond its room the list only counts.
   SORTKD_DEVICE void append(T value, int c) const {
-    const int at = atomicAdd(group.blocks() > 1 ? in_block(count(), 0) : count(), 1);
+    const int at = atomicAdd(count(), 1);
     if (at < places.room) put(at, value, c);
   }
   // The classes whose value is above the threshold, in their order, by a block: each warp has a stretch of them, each lane
@@ -244,7 +244,6 @@ struct List {
       if (at < n) entries()[at] = entries()[at].with(number);
     }
   }
-  SORTKD_DEVICE int counted() const { return group.keeps_list() || group.blocks() == 1 ? *count() : *in_block(count(), 0); }
   // By all threads that keep the list; `collected`: it is in the order of the classes.
   SORTKD_DEVICE void put_in_order(int n, bool collected = false) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {

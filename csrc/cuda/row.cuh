@@ -345,7 +345,7 @@ struct Row {
       if constexpr (!kTopK) {
         if constexpr (kHeld > 0) list_classes(group.member, higher);
         group.sync();
-        listed = above = list.counted();
+        listed = above = *list.count();
         if (kKind == Kind::Block && listed > p.list.room) {
           if (group.member == 0) put_off(p, row, listed);
           group.sync();
@@ -353,22 +353,17 @@ struct Row {
         }
       }
       if (group.any(listed > 0)) {
-        if (group.keeps_list()) {
-          if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
+        if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
-          for (int at = group.list_member(); at < listed; at += group.list_size()) {
-            const T u = of_student(access.student(list[at].c())),
-                    v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
-            add_teacher(some, u, v, power_of_two(v));
-          }
-          if (above > 0) top = list[0].value();
-          if (group.blocks() > 1 && static_cast<int>(threadIdx.x) < group.blocks()) store_in_block(notes(), top, threadIdx.x);
+        for (int at = group.list_member(); at < listed; at += group.list_size()) {
+          const T u = of_student(access.student(list[at].c())),
+                  v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
+          add_teacher(some, u, v, power_of_two(v));
         }
-        if (group.blocks() > 1) group.sync();
+        if (above > 0) top = list[0].value();
       }
       add_to(sums, some);
       sums = group.merged(sums);
-      if (group.blocks() > 1 && above > 0) top = *notes();
       const auto fits = [&](S z) { return well_scaled<S>(z, kMostOfKd * S(p.C)); };
       need = counts && !to_maxima &&
              !(fits(sums.of[kZStudent]) && fits(sums.of[kZTeacher]) &&
@@ -427,11 +422,10 @@ struct Row {
     const bool fix = group.any(listed > 0);
     if (fix) {
       // While the logits are there still: the gradient may lie in their place.
-      if (group.keeps_list())
-        list.replace_values(listed, [&](int at) {
-          const T logit = access.student(list[at].c()), value = list.corrected(at, p.config.correction, above, teacher_label);
-          return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(value)), logit);
-        });
+      list.replace_values(listed, [&](int at) {
+        const T logit = access.student(list[at].c()), value = list.corrected(at, p.config.correction, above, teacher_label);
+        return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(value)), logit);
+      });
       group.sync();
     }
     const int end = here && !p.scalar_grads ? access.count : 0;
@@ -455,9 +449,8 @@ struct Row {
     if (counts && group.has(label_vector)) access.put(y, on.at_label);
     if (fix) {
       group.sync();
-      if (group.keeps_list())
 #pragma unroll 1
-        for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
+      for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
     }
   }
 
@@ -488,13 +481,12 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
     wait_for_launch_before();
     if (*static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
   }
-  Group<kKind> group(p.log_lanes, p.cluster, value_bytes(kKind, kMode));
-  if (group.keeps_list()) open_ticket(p);
+  Group<kKind> group(p.log_lanes, 1, value_bytes(kKind, kMode));
+  open_ticket(p);
   const int threads = static_cast<int>(blockDim.x);
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
   const T count = p.mean ? static_cast<T>(counted_rows(p, labels_of_thread(p))) : T(1);
-  group.open();
   // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
   // shared memory, then, in blocks that have device memory, for the others.
   const int chunk = kLong ? threads : 1, thread = static_cast<int>(threadIdx.x);
@@ -525,8 +517,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
       }
     }
   }
-  if (p.reduced && group.keeps_list()) reduce(p, rows, group.index());
-  group.close();
+  if (p.reduced) reduce(p, rows, group.index());
 }
 
 // The kernel of a mode that is not general.

@@ -12,7 +12,9 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
     const auto with_student = [&](auto&& f) {
       return p.student_dtype == Dtype::Float ? f(float{}) : p.student_dtype == Dtype::Half ? f(Half{}) : f(BFloat16{});
     };
-    const auto strided = [&](auto x) { return run(kd_rows<Strided<decltype(x)>, Kind::Columns, kValuesHeld, Lists::Short>(mode)); };
+    const auto strided = [&](auto x) {
+      return run(kd_rows<Strided<decltype(x)>, Kind::Columns, kValuesHeld, Lists::Short>(mode));
+    };
     const auto top_k = [&](auto x) { return run(kd_rows<WholeVectors<decltype(x), void>, Kind::Block, 0, Lists::TopK>(mode)); };
     const auto two_dtypes = [&](auto x) {
       using V = WholeVectors<decltype(x), float>;
