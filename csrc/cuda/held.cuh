@@ -14,7 +14,8 @@
 #pragma once
 
 #include "access.cuh"
-#include "kd_terms.cuh"
+#include "general.cuh"
+#include "near_list.cuh"
 #include "reduce.cuh"
 
 namespace sortkd {
@@ -96,13 +97,6 @@ struct HeldRows {
     bool near;       // the list is
   };
 
-  // A class of a near list, and both of its logits.
-  struct alignas(kNearBytes) Near {
-    Entry<float> entry;
-    float student, teacher;  // the teacher's corrected
-  };
-  static_assert(sizeof(Near) == kNearBytes);
-
   using Terms = std::conditional_t<kGeneral, GeneralTerms<float>, KdTerms>;
 
   // What the first warp of a block has found out for the others.
@@ -117,19 +111,21 @@ struct HeldRows {
   const Params<float>& p;
   Group<kKind>& group;
   List<float, kKind, false> list;
+  NearList<kKind> near;
+  PendingRows pending;     // of the general mode
   const int first_vector;  // of the thread
   uint4* const stage;
   const int rows;
   const float scale;
-  float weight;        // of a row in the result
-  const bool fourth;   // whether e^4 is the exponential of the cross-entropy
-  int near_lists = 0;  // of a cluster's rows until now
-  int pending = 0;     // rows on the list of that name
+  float weight;       // of a row in the result
+  const bool fourth;  // whether e^4 is the exponential of the cross-entropy
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
         group(group),
         list(p.list, group),
+        near(p.list, group),
+        pending(p, kKind == Kind::Lanes ? static_cast<int>(threadIdx.x / kWarp) : 0),
         first_vector(kKind == Kind::Lanes ? group.member
                                           : group.member / static_cast<int>(kWarp) * (kHeld * static_cast<int>(kWarp)) +
                                                 static_cast<int>(lane_id())),
@@ -214,15 +210,6 @@ struct HeldRows {
     else if constexpr (kCe)
       sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
   }
-  // The exponent of the cross-entropy, from the student's: in general relative to a reference of its own.
-  struct CeExponent {
-    float power, offset;
-    SORTKD_DEVICE float operator()(float u) const { return fmaf(u, power, offset); }
-  };
-  static SORTKD_DEVICE CeExponent ce_exponent(const GeneralRow<float>& row) {
-    constexpr float kBits = static_cast<float>(kLog2e);
-    return {kBits / row.of_student.scale, (row.of_student.reference - row.ce_reference) * kBits};
-  }
   // Of the general mode: the sums over what a thread holds.
   template <bool kAll>
   SORTKD_DEVICE void add_held(ThreadSums& sums, const Pass& pass, const Scaled& scaled) const {
@@ -230,7 +217,7 @@ struct HeldRows {
     for (int n = 0; n < kValues; ++n)
       add<false, kAll>(sums, pass.s[n], pass.t[n], power_of_two(pass.s[n]), power_of_two(pass.t[n]));
     if (!p.with_ce) return;
-    const CeExponent exponent = ce_exponent(scaled);
+    const CeExponent exponent(scaled);
 #pragma unroll
     for (int n = 0; n < kValues; ++n) sums.of[kZCe] += power_of_two(exponent(pass.s[n]));
   }
@@ -257,50 +244,7 @@ struct HeldRows {
       finish(pass, row);
       row += p.step;
       if (pass.shares) fetch(row, coming);
-      if (kGeneral && pending > 0 && (pending == kWarp || row - lane_row >= rows)) take_pending();
-    }
-  }
-
-  // The near list of a row of lanes, or of the block; and a block's warp's part of it.
-  SORTKD_DEVICE Near* near_list() const {
-    return reinterpret_cast<Near*>(shared_memory() + p.list.near) +
-           (kKind == Kind::Lanes ? group.slot * group.size * kNearEntries : 0);
-  }
-  SORTKD_DEVICE Near* near_of_warp() const { return near_list() + kNearOfBlock + threadIdx.x / kWarp * kNearOfWarp; }
-
-  // Of the temperature's gradient: rows that a warp has done, until they are as many as its lanes, of which each takes one.
-  // By a warp that leads: one in double would be as much work as all of a row.
-  struct Pending {
-    RowSums sums;
-    float u_label, v_label, temperature, weight;
-    int row;  // -1: none
-  };
-  static_assert(!kGeneral || sizeof(Pending) == kPendingBytes);
-  SORTKD_DEVICE Pending* pending_list() const {
-    return reinterpret_cast<Pending*>(shared_memory() + p.pending) + (kKind == Kind::Lanes ? threadIdx.x / kWarp * kWarp : 0);
-  }
-  SORTKD_DEVICE void put_pending(const Pass& pass, const Whole& whole, int row, float weight) {
-    if constexpr (kGeneral) {
-      const int lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp), lane = static_cast<int>(lane_id());
-      if (lane % lanes == 0)
-        pending_list()[pending + lane / lanes] = {whole.sums,
-                                                  whole.scaled.of_student(pass.student_label),
-                                                  whole.scaled.of_teacher(whole.top),
-                                                  whole.scaled.temperature,
-                                                  weight,
-                                                  pass.y >= 0 && group.keeps_list() ? row : -1};
-      if (pass.y < 0 && here(row) && group.member == 0) p.grad_temperature[row] = 0;
-      pending += static_cast<int>(kWarp) / lanes;
-    }
-  }
-  SORTKD_DEVICE void take_pending() {
-    if constexpr (kGeneral) {
-      __syncwarp();
-      const Pending row = pending_list()[lane_id() % kWarp];
-      if (static_cast<int>(lane_id()) < pending && row.row >= 0)
-        p.grad_temperature[row.row] = temperature_gradient(p, row.sums, row.u_label, row.v_label, row.temperature, row.weight);
-      pending = 0;
-      __syncwarp();
+      if constexpr (kGeneral) pending.take(row - lane_row >= rows);
     }
   }
 
@@ -386,9 +330,13 @@ struct HeldRows {
     }
     if (!pass.shares) fetch(row + p.step, coming);
 
-    pass.scaled.of_student.scale = pass.scaled.of_teacher.scale = scale;
-    pass.scaled.of_student.relative_to(pass.student_label), pass.scaled.of_teacher.relative_to(pass.teacher_label);
-    if constexpr (kGeneral) scale_general(pass, counts ? temperature : 1.0f, moments);
+    if constexpr (kGeneral) {
+      if (kKind == Kind::Block && p.config.standardize) moments = over_row(moments, group, p.C);
+      pass.scaled = general_row(p, temperature, pass.student_label, pass.teacher_label, moments);
+    } else {
+      pass.scaled.of_student.scale = pass.scaled.of_teacher.scale = scale;
+      pass.scaled.of_student.relative_to(pass.student_label), pass.scaled.of_teacher.relative_to(pass.teacher_label);
+    }
     const auto of_student = pass.scaled.of_student, of_teacher = pass.scaled.of_teacher;
     pass.sums = {};
 #pragma unroll
@@ -421,11 +369,6 @@ struct HeldRows {
     }
   }
 
-  // Of what a warp has of a row, or the lanes of one: how many classes, and of either side their mean, relative to the
-  // label's logit, and the squares of their distances from it.
-  struct WarpMoments {
-    float count, mean_s, squares_s, mean_t, squares_t;
-  };
   SORTKD_DEVICE WarpMoments moments_of_warp(const Pass& pass) const {
     const V& access = pass.access;
     // f(s, t) for the classes that are the thread's, relative to the label.
@@ -472,46 +415,6 @@ struct HeldRows {
     squares = merged(squares);
     return {count, mean_s, squares.of[0], mean_t, squares.of[1]};
   }
-  // The scales and references of a row's exponents.
-  SORTKD_DEVICE void scale_general(Pass& pass, float temperature, const WarpMoments& of_warp) {
-    Scaled& row = pass.scaled;
-    float inverse = 1 / temperature, inverse_t = inverse;
-    row.student = {};
-    row.ce_reference = pass.student_label;
-    if (p.config.standardize) {
-      WarpMoments all = of_warp;
-      if constexpr (kKind == Kind::Block) {
-        const WarpMoments* const warps = group.exchanged(of_warp);
-        const auto merged = [&](auto&& of) {
-          Sums<float, 2> sums{};
-#pragma unroll 1
-          for (int i = static_cast<int>(lane_id()); i < group.row_warps(); i += 32) sums.merge(of(warps[i]));
-          return warp_merged(sums);
-        };
-        const float n = static_cast<float>(p.C);
-        const Sums<float, 2> means =
-            merged([&](const WarpMoments& w) { return Sums<float, 2>{w.count * w.mean_s / n, w.count * w.mean_t / n}; });
-        all.mean_s = means.of[0], all.mean_t = means.of[1];
-        const Sums<float, 2> squares = merged([&](const WarpMoments& w) {
-          const float s = w.mean_s - all.mean_s, t = w.mean_t - all.mean_t;
-          return Sums<float, 2>{w.squares_s + w.count * (s * s), w.squares_t + w.count * (t * t)};
-        });
-        all.squares_s = squares.of[0], all.squares_t = squares.of[1];
-      }
-      if (pass.y >= 0) {
-        const float n = static_cast<float>(p.C), mean_t = pass.teacher_label + all.mean_t;
-        row.student = {pass.student_label + all.mean_s, deviation(all.squares_s, n)};
-        inverse /= row.student.std + static_cast<float>(kStandardizeEps);
-        inverse_t /= deviation(all.squares_t, n) + static_cast<float>(kStandardizeEps);
-        // Near what the moments are taken about, and never above the largest.
-        if (fabsf(row.student.mean) < kInfinity<float>) row.of_student.relative_to(row.student.mean);
-        if (fabsf(mean_t) < kInfinity<float>) row.of_teacher.relative_to(mean_t);
-      }
-    }
-    row.temperature = temperature, row.inverse = inverse;
-    row.of_student.scale = inverse * static_cast<float>(kLog2e), row.of_teacher.scale = inverse_t * static_cast<float>(kLog2e);
-  }
-
   // What a class above the label is above.
   SORTKD_DEVICE float threshold_of(const Pass& pass) const { return pass.teacher_label + p.over_label; }
 
@@ -522,13 +425,13 @@ struct HeldRows {
     pass.listed = __shfl_sync(kFullMask, last, lanes - 1, lanes);
     pass.fix = true;
     pass.shares = kKind == Kind::Lanes && __any_sync(kFullMask, pass.listed > lanes * kNearEntries);
-    const bool near = kKind == Kind::Lanes ? !pass.shares : pass.listed <= kNearOfWarp;
-    Near* to = (kKind == Kind::Lanes ? near_list() : near_of_warp()) + last - own;
+    const bool is_near = kKind == Kind::Lanes ? !pass.shares : pass.listed <= kNearOfWarp;
+    Near* to = near.of_warp + last - own;
 #pragma unroll 1
     for (unsigned left = pass.higher; left; left &= left - 1) {
       const int n = __ffs(static_cast<int>(left)) - 1;
       X* const at = staged(n / W, n % W);
-      if (near) *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
+      if (is_near) *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
       at[kTeacher * W] = narrowed<X>(kBlank);
     }
   }
@@ -536,26 +439,13 @@ struct HeldRows {
   // The largest two of the teacher's logits on the list, and what its classes have in the sums, by so many threads of which
   // this is one.
   SORTKD_DEVICE Part<kSums> near_part(const Pass& pass, const Whole& whole, int member, int size) const {
-    Near* const list = near_list();
     Part<kSums> part;
 #pragma unroll 1
     for (int at = member; at < whole.listed; at += size) {
-      const Entry<float> own = list[at].entry;
-      Entry<float> next{~uint64_t{0}};
-      int before = 0;
-#pragma unroll 1
-      for (int i = 0; i < whole.listed; ++i) {
-        const Entry<float> other = list[i].entry;
-        before += other.before(own);
-        if (own.before(other) && other.before(next)) next = other;
-      }
-      if (before == 0) part.teacher = own.value();
-      if (before == 1) part.student = own.value();
-      float t = own.value();
-      if (p.config.correction == Correction::Sort) t = before + 1 < whole.listed ? next.value() : pass.teacher_label;
-      if (p.config.correction == Correction::Swap && before == 0) t = pass.teacher_label;
-      list[at].teacher = t;
-      add_listed(part, whole, list[at].student, t);
+      const int before = near.correct(at, whole.listed, p.config.correction, pass.teacher_label);
+      if (before == 0) part.teacher = near[at].entry.value();
+      if (before == 1) part.student = near[at].entry.value();
+      add_listed(part, whole, near[at].student, near[at].teacher);
     }
     return part;
   }
@@ -606,7 +496,7 @@ struct HeldRows {
       part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
       add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
       if constexpr (kGeneral)
-        if (p.with_ce) part.sums.of[kZCe] += power_of_two(ce_exponent(whole.scaled)(u));
+        if (p.with_ce) part.sums.of[kZCe] += power_of_two(CeExponent(whole.scaled)(u));
     }
   }
   SORTKD_DEVICE void add_sorted(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
@@ -646,9 +536,9 @@ struct HeldRows {
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
     const V& access = pass.access;
     const bool has_list = whole.fix && group.keeps_list();
-    const bool near = kKind == Kind::Lanes && whole.near;
-    if (near) group.sync();
-    if (whole.fix && !near) {
+    const bool near_lanes = kKind == Kind::Lanes && whole.near;
+    if (near_lanes) group.sync();
+    if (whole.fix && !near_lanes) {
       const auto places = group.places_of(__popc(pass.higher));
       whole.listed = places.all;
       if (kKind == Kind::Block && whole.listed > p.list.room) {
@@ -674,7 +564,7 @@ struct HeldRows {
     for (int step = whole.fix ? kList : kMaxima;; ++step) {
       Part<kSums> part;
       if (step != kList && whole.slow) add_classes(part, pass, whole);
-      if (step == kList && near) {
+      if (step == kList && near_lanes) {
         part = near_part(pass, whole, group.member, group.size);
       } else if (has_list && (step == kList || (step == kAgain && whole.slow))) {
         add_sorted(part, pass, whole);
@@ -703,10 +593,10 @@ struct HeldRows {
   }
   // Both logits of an entry of the list.
   SORTKD_DEVICE float student_of(const Pass& pass, const Whole& whole, int at) const {
-    return kKind == Kind::Lanes && whole.near ? near_list()[at].student : pass.access.student(list[at].c());
+    return kKind == Kind::Lanes && whole.near ? near[at].student : pass.access.student(list[at].c());
   }
   SORTKD_DEVICE float corrected(const Pass& pass, const Whole& whole, int at) const {
-    if (kKind == Kind::Lanes && whole.near) return near_list()[at].teacher;
+    if (kKind == Kind::Lanes && whole.near) return near[at].teacher;
     return list.corrected(at, p.config.correction, whole.listed, pass.teacher_label);
   }
 
@@ -720,21 +610,16 @@ struct HeldRows {
     whole.sums = group.merged(converted(pass.sums), fits ? pass.listed : kNearOfBlock + 1, all_and_before);
     whole.listed = all_and_before.of[0];
     whole.near = is_near(whole.listed);
-    if (!whole.near) return;
-    const Near* const from = near_of_warp();
-    const int lane = static_cast<int>(lane_id());
-    Near* const to = near_list() + all_and_before.of[1];
-    if (group.blocks() > 1) {
-      Mbarrier* const barrier = Group<kKind>::mbarrier(kMbarriers - 1);
-      if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, whole.listed * kNearBytes);
-      const int entry = lane % kNearOfWarp;
-#pragma unroll 1
-      for (int block = lane / kNearOfWarp; block < group.blocks(); block += 32 / kNearOfWarp)
-        if (entry < pass.listed) send_async(to + entry, from[entry], barrier, static_cast<unsigned>(block));
-      if (group.leads()) mbarrier_wait(barrier, near_lists++ & 1);
-    } else {
-      if (lane < pass.listed) to[lane] = from[lane];
-      __syncthreads();
+    if (whole.near) near.gather(pass.listed, all_and_before.of[1], whole.listed);
+  }
+
+  // Leaves the row's gradient by the temperature until the warp has more of them.
+  SORTKD_DEVICE void put_pending(const Pass& pass, const Whole& whole, int row, float weight) {
+    if constexpr (kGeneral) {
+      const bool counts = pass.y >= 0;
+      if (!counts && here(row) && group.member == 0) p.grad_temperature[row] = 0;
+      pending.put(kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp), counts && group.keeps_list() ? row : -1,
+                  whole.sums, whole.scaled, pass.student_label, whole.top, weight);
     }
   }
 
@@ -748,7 +633,7 @@ struct HeldRows {
   SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms) const {
     if constexpr (kGeneral) {
       const Coefficients<float>& on = terms.on;
-      const CeExponent exponent = ce_exponent(scaled);
+      const CeExponent exponent(scaled);
       const float about = scaled.of_student.reference - scaled.student.mean, unit = 1 / scaled.of_student.scale;
       return [=, &p = p](float u, float v) {
         float g = fmaf(power_of_two(u), on.on_student, -(power_of_two(v) * on.on_teacher));
@@ -861,12 +746,6 @@ struct HeldRows {
                               [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
         if (p.inplace) group.sync();
       }
-      const auto near_of = [&](int c) -> const Near* {
-#pragma unroll 1
-        for (int at = 0; at < whole.listed; ++at)
-          if (near_list()[at].entry.c() == c) return near_list() + at;
-        return nullptr;
-      };
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
       uint4* const to = compiler_barrier(access.grad4(first_vector));
@@ -882,7 +761,7 @@ struct HeldRows {
       if (here(row) && (by_class || !p.aligned))
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
           if (kKind == Kind::Block && whole.near)
-            if (const Near* const near = near_of(c)) return gradient_of(near->student, near->teacher);
+            if (const Near* const found = near.find(c, whole.listed)) return gradient_of(found->student, found->teacher);
           return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
         });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
@@ -892,8 +771,8 @@ struct HeldRows {
 #pragma unroll 1
         for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
           const int n = __ffs(static_cast<int>(higher)) - 1;
-          const Near* const near = near_of(class_of(access, n / W, n % W));
-          access.put(near->entry.c(), gradient_of(near->student, near->teacher));
+          const Near& entry = *near.find(class_of(access, n / W, n % W), whole.listed);
+          access.put(entry.entry.c(), gradient_of(entry.student, entry.teacher));
         }
       }
       if (whole.fix) {
@@ -902,7 +781,7 @@ struct HeldRows {
 #pragma unroll 1
           for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
             if (kKind == Kind::Lanes && whole.near)
-              access.put(near_list()[at].entry.c(), gradient_of(near_list()[at].student, near_list()[at].teacher));
+              access.put(near[at].entry.c(), gradient_of(near[at].student, near[at].teacher));
             else
               access.put(list[at].c(), list[at].number());
           }

@@ -48,6 +48,9 @@ struct KdExponent {
 template <typename T, Mode mode>
 using Exponent = std::conditional_t<mode == Mode::General, GeneralExponent<T>, KdExponent<T>>;
 
+// The sums of a row, over the classes beside the label; the moments are the general mode's (general.cuh).
+enum { kZStudent, kZTeacher, kCross, kZCe, kMomentStudent, kMomentTeacher, kMomentCross, kGeneralSums };
+
 // Of the classes beside the label, relative to any two references; u and v are exponents of two.
 struct KdSums {
   float z_student, z_teacher;  // sums of 2^u and 2^v
@@ -123,91 +126,6 @@ SORTKD_DEVICE KdTerms kd_terms(const Params<float>& p, const KdSums& sums, float
     add_ce(terms, p.power * u, power_of_two(p.power * u), power_of_two(-p.power * shift_s), sums.z_ce, weight * p.ce_weight);
   }
   return terms;
-}
-
-// ---- The general mode: z-scores, the temperature's gradient, a temperature in a tensor
-
-// What a row's logits are divided by: its temperature and, of z-scores, both deviations, which come in `inverse`, the
-// student's, and in the exponents. The moments nearly cancel: their sums over more than a few terms are in double, as what
-// is made of them.
-enum { kZStudent, kZTeacher, kCross, kZCe, kMomentStudent, kMomentTeacher, kMomentCross, kGeneralSums };
-
-template <typename S>
-using GeneralSums = Sums<S, kGeneralSums>;
-
-template <typename T>
-struct GeneralRow {
-  GeneralExponent<T> of_student, of_teacher;
-  T temperature, inverse;
-  MeanStd<T> student;
-  T ce_reference;
-};
-
-// Of n logits whose squared distances from their mean have this sum: 0 of equal ones, or NaN for a row with one.
-template <typename T>
-SORTKD_DEVICE T deviation(T squares, T n) {
-  return n > T(1) && squares > T(0) ? sqrt(squares / (n - T(1))) : squares - squares;
-}
-
-// In double: of the temperature's gradient little is left of large terms. The labels' exponents are of two.
-template <typename T>
-SORTKD_DEVICE RowTerms<double> double_terms(const Params<T>& p, const GeneralSums<double>& sums, double student_label,
-                                            double teacher_label, double ce_label, double temperature) {
-  RowSums<double> r{};
-  r.z_student = sums.of[kZStudent], r.z_teacher = sums.of[kZTeacher], r.cross = sums.of[kCross] * kLn2;
-  r.v_label_student = student_label * kLn2, r.v_label_teacher = teacher_label * kLn2;
-  r.z_ce = sums.of[kZCe], r.v_label_ce = ce_label;
-  r.moment_student = sums.of[kMomentStudent] * kLn2, r.moment_teacher = sums.of[kMomentTeacher] * kLn2;
-  r.moment_cross = sums.of[kMomentCross] * (kLn2 * kLn2);
-  return row_terms(r, row_logs(r, p.with_ce), temperature, p.decoupled, double(p.alpha), double(p.beta), p.with_ce, p.moments);
-}
-
-// A row's losses, and the numbers of its gradient.
-template <typename T>
-struct GeneralTerms {
-  T kd, ce;
-  Coefficients<T> on;
-};
-
-template <typename T>
-SORTKD_DEVICE GeneralTerms<T> general_terms(const Params<T>& p, const GeneralSums<double>& sums, const GeneralRow<T>& row,
-                                            T student_label, T teacher_label, T weight) {
-  const T u_label = row.of_student(student_label), v_label = row.of_teacher(teacher_label);
-  if constexpr (std::is_same_v<T, double>) {
-    const auto terms = double_terms(p, sums, u_label, v_label, student_label - row.ce_reference, row.temperature);
-    return {terms.kd, terms.ce,
-            gradient_coefficients(terms, p.config, weight, row.temperature, row.inverse, T(p.C), student_label, row.student)};
-  } else {
-    const auto sum = [&](int i) { return static_cast<float>(sums.of[i]); };
-    KdTerms terms =
-        kd_terms(p, {sum(kZStudent), sum(kZTeacher), sum(kCross), 0, u_label, v_label}, weight, row.temperature, row.inverse);
-    Coefficients<float> on{};
-    const MeanStd<float>& student = row.student;
-    if (p.config.standardize && student.std > 0.0f) {  // as gradient_coefficients
-      // Relative to a mean: the gradients sum to 0 but for roundings, and what exponents are relative to may be far.
-      const float mean_s = mean_of(sum(kMomentStudent), sum(kZStudent));
-      const float mean_t = mean_of(static_cast<float>(sums.of[kMomentTeacher] - sums.of[kCross]), sum(kZTeacher));
-      const float u_dot_grad =
-          terms.on_teacher * sum(kZTeacher) * (mean_s - mean_t) + expected(terms.at_label, u_label - mean_s);
-      on.dstd = u_dot_grad * static_cast<float>(kLn2) /
-                (row.inverse * static_cast<float>(p.C - 1) * student.std * (student.std + static_cast<float>(kStandardizeEps)));
-    }
-    if (p.with_ce) {
-      constexpr float kBits = static_cast<float>(kLog2e);
-      const float u = student_label - row.ce_reference, shift = u > -1.0f ? u : 0.0f, rest = (u - shift) * kBits;
-      add_ce(terms, rest, power_of_two(rest), power_of_two(-shift * kBits), sum(kZCe), weight * p.ce_weight);
-    }
-    on.on_student = terms.on_student, on.on_teacher = terms.on_teacher, on.on_ce = terms.on_ce;
-    on.at_label = terms.at_label - (on.dstd == 0.0f ? 0.0f : on.dstd * (student_label - student.mean));
-    return {terms.kd, terms.ce, on};
-  }
-}
-
-// The temperature's gradient of a row, of what general_terms is given.
-template <typename T>
-SORTKD_DEVICE T temperature_gradient(const Params<T>& p, const GeneralSums<double>& sums, T u_label, T v_label, T temperature,
-                                     T weight) {
-  return weight * p.kd_weight * T(double_terms(p, sums, u_label, v_label, 0, temperature).grad_temperature);
 }
 
 }  // namespace cuda

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "access.cuh"
-#include "kd_terms.cuh"
+#include "general.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
 
