@@ -35,7 +35,8 @@ CASES = (
     (5, 2, "random"),  # binary: without the label one class is left
     (4, 3, "random"),
     (5, 100, "few"),  # CIFAR-100 with a trained teacher: settled in registers, several rows a tile, N no multiple
-    (3, 100, "random"),  # ranks past the limit: the second launch, runs that are merged
+    (3, 100, "random"),  # few classes: walked to any rank
+    (3, 200, "random"),  # ranks past the limit: the second launch, runs that are merged
     (2, 129, "last"),  # one past a power of two, and the worst rank
     (2, 1000, "right"),  # ImageNet: nothing to correct
     (2, 9000, "few"),  # more than fits in registers
@@ -125,7 +126,7 @@ def test_float64(path, correction):
 @pytest.mark.parametrize("reduction", [NONE, SUM, MEAN])
 def test_reductions(reduction, counted, patched):
     """With ignored rows, a gradient of the loss, rows counted in the launch and before, row sums in two stages."""
-    patched(GROUP_BITS=2, COUNTED_ROWS=counted)
+    patched(GROUP_BITS=3, COUNTED_ROWS=counted)
     inputs = make(19, 10, "random")
     inputs[2][::4] = -100
     keywords = {"reduction": reduction, "grad_output": torch.rand(19) + 0.5 if reduction == NONE else torch.tensor(3.0)}
@@ -141,9 +142,9 @@ def test_rows_may_end_in_any_order(reduction, patched):
     inputs = make(9, 40, "last")
     inputs[2][::3] = inputs[1][::3].argmax(-1)
     want = run(*inputs, reduction=reduction)
-    patched(GROUP_BITS=2, MAX_RANK=0)
+    patched(GROUP_BITS=3, MAX_RANK=0, WALKED_CLASSES=0)
     once = run(*inputs, reduction=reduction)
-    patched(GROUP_BITS=2, MAX_RANK=39)  # none is left to a second launch
+    patched(GROUP_BITS=3, WALKED_CLASSES=40)  # none is left to a second launch
     again = run(*inputs, reduction=reduction)
     for value, other, whole in zip(once[:3], again[:3], want[:3], strict=True):
         # 9 rows of other kernels, each off by a few roundings of 6e-8, in another order.
@@ -331,12 +332,20 @@ def test_arguments_of_later_calls(monkeypatch):
         assert floats == typed, list(zip(names[len(pointers) :], numbers, strict=False))
 
     monkeypatch.setattr(choices.Launch, "__call__", launched)
-    student, teacher, target = make(3, 40, "random")
+    student, teacher, target = make(3, 140, "random")
     loss = run(student, teacher, target)[0]
     run(student, teacher[:, :8], target, indices=torch.arange(24).view(3, 8))
     backend.scale_gradient(student, loss)
     backend.sort_logits(teacher, target, 1, -100)
     assert len(calls) == 7
+
+
+@pytest.mark.parametrize(("C", "launches"), ((128, 1), (129, 2)))
+def test_few_classes_take_one_launch(monkeypatch, C, launches):
+    launched, call = [], choices.Launch.__call__
+    monkeypatch.setattr(choices.Launch, "__call__", lambda self, *given: (launched.append(self), call(self, *given)))
+    run(*make(2, C, "random"))
+    assert len(launched) == launches
 
 
 @pytest.mark.parametrize("C", (9, 9000))
@@ -361,7 +370,7 @@ def test_kernels_of_one_shape(C):
 @pytest.fixture
 def two_launches():
     """Rows of which each of a call's two launches takes some."""
-    student, teacher, target = make(9, 40, "last")
+    student, teacher, target = make(9, 140, "last")
     target[::3] = teacher[::3].argmax(-1)
     return student, teacher, target
 

@@ -104,9 +104,8 @@ SORTKD_DEVICE WarpMoments over_row(const WarpMoments& of_warp, G& group, int C) 
     return warp_merged(sums);
   };
   const float n = static_cast<float>(C);
-  const auto means = merged([&](const WarpMoments& w) -> Sums<float, 2> {
-    return {w.count * w.mean_s / n, w.count * w.mean_t / n};
-  });
+  const auto means =
+      merged([&](const WarpMoments& w) -> Sums<float, 2> { return {w.count * w.mean_s / n, w.count * w.mean_t / n}; });
   const auto squares = merged([&](const WarpMoments& w) -> Sums<float, 2> {
     const float s = w.mean_s - means.of[0], t = w.mean_t - means.of[1];
     return {w.squares_s + w.count * (s * s), w.squares_t + w.count * (t * t)};
@@ -115,11 +114,12 @@ SORTKD_DEVICE WarpMoments over_row(const WarpMoments& of_warp, G& group, int C) 
 }
 
 // A row that is held, at a temperature, of z-scores with these moments.
-SORTKD_DEVICE GeneralRow<float> general_row(const Params<float>& p, float temperature, float student_label,
-                                            float teacher_label, const WarpMoments& moments) {
+SORTKD_DEVICE GeneralRow<float> general_row(const Params<float>& p, float temperature, float student_label, float teacher_label,
+                                            const WarpMoments& moments) {
   constexpr float kBits = static_cast<float>(kLog2e), kEps = static_cast<float>(kStandardizeEps);
   const float inverse = 1 / temperature;
-  GeneralRow<float> row{{inverse * kBits, student_label}, {inverse * kBits, teacher_label}, temperature, inverse, {}, student_label};
+  GeneralRow<float> row{
+      {inverse * kBits, student_label}, {inverse * kBits, teacher_label}, temperature, inverse, {}, student_label};
   if (p.config.standardize) {
     const float n = static_cast<float>(p.C), mean_t = teacher_label + moments.mean_t;
     row.student = {student_label + moments.mean_s, deviation(moments.squares_s, n)};
@@ -163,7 +163,8 @@ class PendingRows {
                          float teacher_label, float weight) {
     const int lane = static_cast<int>(lane_id());
     if (lane % lanes == 0)
-      rows[count + lane / lanes] = {sums, of.of_student(student_label), of.of_teacher(teacher_label), of.temperature, weight, row};
+      rows[count + lane / lanes] = {sums, of.of_student(student_label), of.of_teacher(teacher_label), of.temperature, weight,
+                                    row};
     count += static_cast<int>(kWarp) / lanes;
   }
   // `last`: there will be no more.

@@ -42,20 +42,24 @@ SHORT_ROW = 8192
 LONG_BLOCK = 2048
 
 # Registers of a lane: 16 warps a processor, some of which load while others compute; one less for short rows, which
-# spill on sm_100 otherwise. The sort of large ranks, the rare case, general short rows and doubles take more.
+# spill on sm_100 otherwise, and 20 where a lane has 16 values of either side. The sort of large ranks, the rare case,
+# general short rows and doubles take more.
 REGISTERS = 128
 REGISTERS_OF_SHORT_ROW = 136
+REGISTERS_OF_HALF_A_TILE = 96
 MOST_REGISTERS = 255
 
 # A rank that a row's own program settles in registers, one walk over the row a step. The labels of a trained teacher
-# rank so low on nearly all rows.
+# rank so low on nearly all rows. Rows of so few classes are walked to any rank: a launch that has mostly nothing to do
+# costs a small batch more than a long walk.
 MAX_RANK = 8
+WALKED_CLASSES = 128
 
 # Up to here every program counts the labels itself, 128 a lane: less work than another launch.
 COUNTED_ROWS = 4096
 
-# The logarithm of the number of row terms that one program adds up. More of them take a second stage, of at most
-# MAX_GROUPS sums.
+# The logarithm of the number of row terms that one program adds up, not fewer than the rows of a program (`_short`).
+# More of them take a second stage, of at most MAX_GROUPS sums.
 GROUP_BITS = 10
 
 # Scratch of a launch whose programs hold a row each: it bounds their number.
@@ -169,7 +173,8 @@ def plan(
         count = Launch(sort_kd_count, COUNTERS.value, 4, BLOCK=1024)
     values = (32 if not general else 16) // (2 if work == torch.float64 else 1)  # of either side a lane
     if not k and SHORT_ROW * values // 32 >= C:
-        first, scratch, max_rank = _short(N, C, rows, vector, values, constants), None, MAX_RANK
+        first, scratch = _short(N, C, rows, vector, values, constants), None
+        max_rank = C - 1 if C <= WALKED_CLASSES else MAX_RANK
     else:
         first, scratch = _long(N, C, vector, work, k, False, device, constants)
         max_rank = COUNTED.value
@@ -246,7 +251,9 @@ def _short(N: int, C: int, rows: Rows, vector: int, values: int, constants: dict
         programs = triton.cdiv(N, R)
     tile = {"C": C, "R": R, "K": pieces, "L": classes}
     # Of 8 warps a processor has one program anyway; general rows would spill.
-    registers = MOST_REGISTERS if constants["GENERAL"] or warps == 8 else REGISTERS_OF_SHORT_ROW
+    registers = REGISTERS_OF_HALF_A_TILE if R * padded <= 16 * 32 * warps else REGISTERS_OF_SHORT_ROW
+    if constants["GENERAL"] or warps == 8:
+        registers = MOST_REGISTERS
     return Launch(sort_kd_short_rows, programs, warps, registers, **constants, **tile)
 
 

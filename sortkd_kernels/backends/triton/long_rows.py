@@ -304,7 +304,7 @@ def sort_kd_long_rows(
                 )  # fmt: skip
                 last = store_row(
                     (row_kd, row_ce, by_temperature), rows, rows < N, counts_row, loss, kd, ce, grad_temperature,
-                    slots, tickets, N, group_bits, reduction, parts, learned, kd_weight, ce_weight, CE, GENERAL,
+                    slots, tickets, N, group_bits, reduction, parts, learned, kd_weight, ce_weight, CE, GENERAL, LAYOUT,
                 )  # fmt: skip
                 if with_grad != 0:
                     out = grad_student + row_start(place, outer, inner, g_outer, g_inner, LAYOUT, ALIGN)

@@ -115,9 +115,18 @@ def read_factor(grad_output, stride, rows, counts, n, WORK: tl.constexpr):
 
 
 @triton.jit
+def last_of_group(rows, done, tickets, group, N, group_bits):
+    """The program's rows of a group, if with them all of the group are done."""
+    ours = done & (rows >> group_bits == group)
+    ended = tl.sum(ours.to(tl.int32), 0)
+    before = tl.atomic_add(tickets + 1 + group, ended, sem="release")
+    return ours & (before + ended == tl.minimum(1 << group_bits, N - (group << group_bits)))
+
+
+@triton.jit
 def store_row(
     terms, rows, done, counts, loss, kd, ce, grad_temperature, slots, tickets, N, group_bits, reduction, parts,
-    learned, kd_weight, ce_weight, CE: tl.constexpr, GENERAL: tl.constexpr,
+    learned, kd_weight, ce_weight, CE: tl.constexpr, GENERAL: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Store what a row has once; for a sum, whether it was the last of its group to do so.
 
@@ -140,9 +149,14 @@ def store_row(
         if CE != 0:
             tl.store(slots + N + rows, row_ce, mask=done)
         tl.debug_barrier()
+        # Once a program, not once a row: all operations on a group's ticket wait for one another. Only rows that are
+        # neighbours may lie in two groups.
         group = rows >> group_bits
-        before = tl.atomic_add(tickets + 1 + group, 1, mask=done, sem="release")
-        last = done & (before + 1 == tl.minimum(1 << group_bits, N - (group << group_bits)))
+        first = tl.min(group, 0)
+        last = last_of_group(rows, done, tickets, first, N, group_bits)
+        if LAYOUT == NEIGHBOURS:
+            if tl.max(group, 0) > first:
+                last = last | last_of_group(rows, done, tickets, first + 1, N, group_bits)
     return last
 
 

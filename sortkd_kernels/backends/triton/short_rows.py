@@ -172,7 +172,7 @@ def sort_kd_short_rows(
         tl.store(rank + rows, ranked, mask=inside)
     last = store_row(
         (row_kd, row_ce, by_temperature), rows, done, counts_row, loss, kd, ce, grad_temperature, slots, tickets, N,
-        group_bits, reduction, parts, learned, kd_weight, ce_weight, CE, GENERAL,
+        group_bits, reduction, parts, learned, kd_weight, ce_weight, CE, GENERAL, LAYOUT,
     )  # fmt: skip
     if with_grad != 0:
         g = gradient(coefficients, s, exponentials, CE, GENERAL)
