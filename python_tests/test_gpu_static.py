@@ -106,9 +106,11 @@ def cuda_kernels(request):
 
 def test_no_cuda_kernel_spills(cuda_kernels):
     spill = [k.name for k in cuda_kernels if k.local_accesses]
-    # Of rows that a block holds, in the modes with most registers: a number or two in each of a row's passes.
+    # Of rows that a block holds, in the modes with most registers, a number or two in each of a row's passes; of columns,
+    # of which a lane holds 32 classes of either side in 128 registers, one in forty.
+    allowed = {r"sort_kd_held.*KindE1.*ModeE[23]": 24, r"sort_kd_rows.*StridedI.*KindE2": 64}
     few = [
-        k.name for k in cuda_kernels if re.search(r"sort_kd_held.*KindE1.*ModeE[23]", k.name) and k.local_accesses <= 24
+        k.name for k in cuda_kernels for p, most in allowed.items() if re.search(p, k.name) and k.local_accesses <= most
     ]
     assert [name for name in spill if name not in few] == []
 

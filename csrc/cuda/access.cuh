@@ -113,7 +113,12 @@ struct Strided {
   SORTKD_DEVICE const X& student_at(int c) const { return *reinterpret_cast<const X*>(students + at(c)); }
   SORTKD_DEVICE const X& teacher_at(int c) const { return *reinterpret_cast<const X*>(teachers + at(c)); }
   SORTKD_DEVICE void fetch(int g, X& s, X& t) const { s = student_at(g), t = teacher_at(g); }
-  static SORTKD_DEVICE void unpacked(const X& s, const X& t, T* x, T* y) { *x = widened(s), *y = widened(t); }
+  static SORTKD_DEVICE void unpacked(const X& s, const X& t, T* x, T* y) {
+    if constexpr (sizeof(X) == 2)  // or both forms would be kept
+      *x = widened(X{compiler_barrier(s.bits)}), *y = widened(X{compiler_barrier(t.bits)});
+    else
+      *x = s, *y = t;
+  }
   SORTKD_DEVICE T student(int c) const { return widened(student_at(c)); }
   SORTKD_DEVICE T teacher(int c) const { return widened(teacher_at(c)); }
   SORTKD_DEVICE void store(int g, const T* grad) const { put(g, *grad); }

@@ -96,6 +96,8 @@ SORTKD_DEVICE V compiler_barrier(V value) {
     asm volatile("" : "+r"(value));
   } else if constexpr (std::is_same_v<V, float>) {
     asm volatile("" : "+f"(value));
+  } else if constexpr (std::is_same_v<V, unsigned short>) {
+    asm volatile("" : "+h"(value));
   }
 #endif
   return value;

@@ -135,6 +135,7 @@ struct Plan {
     } else if (args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
                !args.acc_double()) {
       shape = choose_columns(C);
+      if (args.student_dtype != args.teacher_dtype) mode = Mode::General;
     } else {
       shape = choose_mixed(C);
       if (!has_whole_vectors(args)) mode = Mode::General;

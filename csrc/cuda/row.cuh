@@ -428,6 +428,10 @@ struct Row {
       });
       group.sync();
     }
+    if constexpr (kHeld > 0) {  // nor are exponents
+      of_student.offset = compiler_barrier(of_student.offset);
+      of_teacher.offset = compiler_barrier(of_teacher.offset);
+    }
     const int end = here && !p.scalar_grads ? access.count : 0;
     const auto write = [&](int g, int j) {
       T grads[W], sv[W], tv[W];

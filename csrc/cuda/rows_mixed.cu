@@ -24,8 +24,6 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
     if (p.long_blocks) return run(sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Long>);
     if (shape.kind == Kind::Columns && mode == Mode::General)
       return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, Lists::Short>);
-    if (shape.kind == Kind::Columns && p.student_dtype != p.teacher_dtype)
-      return run(kd_rows<Mixed<T, false>, Kind::Columns, 0, Lists::Short>(mode));
     if (shape.kind == Kind::Columns) return with_student(strided);
     if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
     if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
