@@ -131,25 +131,27 @@ struct Shape {
   int held;  // vectors a thread; 0: the row is read from memory twice, the second time from the level 2 cache
   int lanes, threads, cluster;
   int rows;       // of a block
-  int bytes = 0;  // of a block's shared memory where rows are held, at most
+  int bytes = 0;  // of a block's shared memory, where rows are held
 };
 
-// What a block takes of it for the next row's vectors of both sides, near lists, rows that are pending, what reductions
-// take, the list, and a little. Of rows of lanes a list may lie where vectors of `width` classes do.
-inline int held_bytes(const Shape& shape, int width, Mode mode) {
-  const int pending = mode == Mode::General ? kPendingBytes : 0;
-  if (shape.kind == Kind::Lanes)
-    return shape.threads * (shape.held * std::max(32, 8 * width) + kNearEntries * kNearBytes + pending) + 1024;
-  return shape.threads * (32 * shape.held + 4 * shape.cluster + 8) + 32 * pending + kListRoom * 8 + 2048;
+// Vectors of a row, of `width` classes; `aligned`: every row begins at 16 bytes.
+inline int64_t vectors_of(int64_t C, int width, bool aligned) {
+  return aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
 }
 
-// `width`: classes of a vector; `aligned`: every row begins at 16 bytes.
-inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, Mode mode, const Device& device) {
+// Two vectors a thread while that fills whole warps.
+inline Shape read_twice(int64_t vectors, Mode mode) {
+  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode)),
+              1,           1};
+  if (overrides.threads) shape.threads = overrides.threads;
+  return shape;
+}
+
+inline Shape choose_vectors(int64_t rows, int64_t vectors, int width, Mode mode, const Device& device) {
   const int most_held = kValuesHeld / width, most = most_threads(Kind::Block, mode);
   const int row_block = mode == Mode::General ? kGeneralRowBlock : kRowBlock;
-  const int64_t vectors = aligned ? ceil_div(C, width) : (C + 2 * width - 2) / width;
-  Shape shape{Kind::Block, 0, 1, 0, 1, 1};
   if (!overrides.from_memory) {
+    Shape shape{};
     // A class costs a lane some 13 instructions, a row some 400 more in each of its lanes. With rows for every lane of
     // the device the sum counts; with fewer the time of one row.
     int64_t best = -1;
@@ -164,7 +166,6 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, Mo
       if (best < 0 || cost < best) {
         best = cost;
         shape = {Kind::Lanes, held, lanes, kSmallBlock, 1, kSmallBlock / lanes};
-        shape.bytes = held_bytes(shape, width, mode);
       }
     }
     if (best >= 0) return shape;
@@ -176,14 +177,9 @@ inline Shape choose_vectors(int64_t rows, int64_t C, int width, bool aligned, Mo
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;
     }
-    Shape held{Kind::Block, most_held, 1, threads, cluster, 1};
-    held.bytes = held_bytes(held, width, mode);
-    if (threads <= most && held.bytes <= device.shared_bytes) return held;
+    if (threads <= most) return {Kind::Block, most_held, 1, threads, cluster, 1};
   }
-  // Two vectors a thread while that fills whole warps.
-  shape.threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode));
-  if (overrides.threads) shape.threads = overrides.threads;
-  return shape;
+  return read_twice(vectors, mode);
 }
 
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }

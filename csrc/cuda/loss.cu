@@ -106,6 +106,40 @@ Mode mode_of(const LossArgs& args) {
   return T == 2 || T == 4 ? Mode::KdCe : Mode::KdCeAny;
 }
 
+// Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
+template <typename T>
+Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int room, char* in_device, Params<T>& p) {
+  const int threads = shape.threads;
+  int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster, value_bytes(shape.kind, mode));
+  const auto take = [&](int count) {
+    const int place = bytes;
+    bytes += (count + 15) / 16 * 16;
+    return place;
+  };
+  const bool shares = width && shape.kind == Kind::Lanes;  // the list with its row
+  p.list.room = shares ? shape.lanes * shape.held * width : room;
+  p.list.in_device = in_device;
+  p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
+  p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
+  p.list.notes = take(kNoteBytes);
+  const int near = shares ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
+  p.list.near = take(width ? near * kNearBytes : 0);
+  p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
+  p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
+  // Before and after the rows; of columns where these put their values together.
+  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * shape.threads / 32);
+  p.counted = take(static_cast<int>(sizeof(int)));
+  p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
+  const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
+  p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);
+  p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
+  if (in_device) {
+    p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
+    p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
+  }
+  return {blocks, shape.threads, shape.cluster, bytes, false};
+}
+
 // How a call is launched, and its scratch memory. Made twice, for the size and for the launches.
 template <typename T>
 struct Plan {
@@ -127,28 +161,38 @@ struct Plan {
     mode = mode_of(args);
     vectors = has_vectors(args);
     aligned = vectors && reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
-    if (vectors) shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode, d);
-    // Rows that are read twice, or have two dtypes, take the cross-entropy at any temperature as all else.
-    if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) mode = Mode::General;
-    if (vectors) {
-      if (mode == Mode::General) shape = choose_vectors(rows, C, 16 / bytes_s, aligned, mode, d);
-    } else if (args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
-               !args.acc_double()) {
-      shape = choose_columns(C);
-      if (args.student_dtype != args.teacher_dtype) mode = Mode::General;
-    } else {
-      shape = choose_mixed(C);
-      if (!has_whole_vectors(args)) mode = Mode::General;
-      // Rows of two dtypes that the lanes of a warp can hold.
-      if (mode != Mode::General && !args.teacher_indices)
-        if (const Shape lanes = choose_vectors(rows, C, 4, true, Mode::General, d); lanes.kind == Kind::Lanes) shape = lanes;
-    }
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
     const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
+    const auto hold = [&](int width, bool every_aligned, Mode as) {
+      const int64_t row = vectors_of(C, width, every_aligned);
+      shape = choose_vectors(rows, row, width, as, d);
+      if (shape.held == 0) return;
+      Params<T> p{args};
+      p.grad_temperature = static_cast<T*>(args.grad_temperature);
+      const int list = static_cast<int>(std::min(most_listed, most_room));
+      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, list, nullptr, p).shared_bytes;
+      if (shape.bytes > d.shared_bytes) shape = read_twice(row, as);
+    };
+    if (vectors) hold(16 / bytes_s, aligned, mode);
+    if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) {
+      mode = Mode::General;  // rows that are read twice, or have two dtypes, take any temperature as all else
+      if (vectors) hold(16 / bytes_s, aligned, mode);
+    }
+    if (!vectors && args.layout.inner > 1 && args.layout.inner < 1 << 30 && C <= kMostColumnClasses && !args.teacher_indices &&
+        !args.acc_double()) {
+      shape = choose_columns(C);
+      if (args.student_dtype != args.teacher_dtype) mode = Mode::General;
+    } else if (!vectors) {
+      if (!has_whole_vectors(args)) mode = Mode::General;
+      shape = choose_mixed(C);
+      // Rows of two dtypes that the lanes of a warp can hold.
+      if (mode != Mode::General && !args.teacher_indices) hold(4, true, Mode::General);
+      if (shape.held == 0 || shape.kind == Kind::Block) shape = choose_mixed(C);
+    }
     const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
     const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
-    blocks = choose_blocks(shape, mode, rows, C * (bytes_s + bytes_t), d);
+    blocks = choose_blocks(shape, vectors ? mode : Mode::General, rows, C * (bytes_s + bytes_t), d);
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
     if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape, mode));
     room = static_cast<int>(most_listed);
@@ -235,40 +279,6 @@ unsigned long long fresh_nonce() {
   static std::atomic<unsigned long long> next{
       static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count() * 0x9e3779b97f4a7c15ull)};
   return (next.fetch_add(1) & ((1ull << (64 - kTicketBits)) - 1)) | 1ull << (63 - kTicketBits);
-}
-
-// Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
-template <typename T>
-Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int room, char* in_device, Params<T>& p) {
-  const int threads = shape.threads;
-  int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster, value_bytes(shape.kind, mode));
-  const auto take = [&](int count) {
-    const int place = bytes;
-    bytes += (count + 15) / 16 * 16;
-    return place;
-  };
-  const bool shares = width && shape.kind == Kind::Lanes;  // the list with its row
-  p.list.room = shares ? shape.lanes * shape.held * width : room;
-  p.list.in_device = in_device;
-  p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
-  p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
-  p.list.notes = take(kNoteBytes);
-  const int near = shares ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
-  p.list.near = take(width ? near * kNearBytes : 0);
-  p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
-  p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
-  // Before and after the rows; of columns where these put their values together.
-  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * shape.threads / 32);
-  p.counted = take(static_cast<int>(sizeof(int)));
-  p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
-  const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
-  p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);
-  p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
-  if (in_device) {
-    p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
-    p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
-  }
-  return {blocks, shape.threads, shape.cluster, bytes, false};
 }
 
 template <typename T>
