@@ -42,7 +42,7 @@ constexpr int kValuesHeld = 32;
 // Threads of a block of rows of lanes. Four warps leave little behind when the last block runs alone.
 constexpr int kSmallBlock = 128;
 
-// Threads of a block that holds a row; beyond that a cluster of such blocks does. With 128 registers two such blocks
+// Threads of a block that holds a row; beyond that a cluster of as few such blocks as can. With 128 registers two such blocks
 // are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
 // twice as many, one a processor. Eight blocks a cluster are what every device with clusters may run, sixteen what
 // some do; either where the device says so. Longer rows are read twice, at four exponentials a class: of more than 262144 or

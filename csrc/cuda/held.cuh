@@ -9,8 +9,8 @@
 // label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum. A short
 // list lies near, with both logits of its classes; a long one is sorted, and reads them again.
 //
-// Exponentials are relative to the label's own logits, which takes no search for maxima. Where a sum then leaves the
-// range of its type the row is read again, class by class, relative to its maxima.
+// Exponentials are relative to the label's own logits, those of z-scores to their means, which takes no search for maxima.
+// Where a sum then leaves the range of its type the row is read again, class by class, relative to its maxima.
 #pragma once
 
 #include "access.cuh"

@@ -1,4 +1,5 @@
-// The rows of a loss: one pass that takes the exponentials and their sums, one that writes the gradient.
+// Rows that are read from memory twice, those of two dtypes, and columns: one pass that takes the exponentials and their
+// sums, one that writes the gradient. Lanes and columns hold what they have read; the others read it again.
 //
 // A pass is plain KD. The label's slot counts as -infinity in it, and so does each class above the label, which is put
 // on a list instead; trained teachers have few. The list's classes join the sums with their corrected values, and their
