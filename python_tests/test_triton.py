@@ -153,6 +153,18 @@ def test_rows_may_end_in_any_order(reduction, patched):
     assert all(torch.equal(x, y) for x, y in zip(again, run(*inputs, reduction=reduction), strict=True))
 
 
+def test_rows_of_a_program_in_two_groups(patched):
+    """Neighbouring rows, of which a program takes 32: of the second half's first 32 the last eight are the third group's."""
+    patched(GROUP_BITS=5)
+    student, teacher, target = make(80, 10, "random")
+    want = run(student, teacher, target)
+    dense = [x.view(2, 40, 10).movedim(-1, 1).contiguous().movedim(1, -1) for x in (student, teacher)]
+    got = run(*dense, target.view(2, 40))
+    for value, other in zip(got[:3], want[:3], strict=True):
+        # 80 rows of another kernel, as in the test above.
+        torch.testing.assert_close(value, other, rtol=4e-6, atol=0)
+
+
 def test_empty_and_ignored():
     """What F.cross_entropy gives: NaN for the mean over no row, 0 for the sum, and gradients of 0."""
     student, teacher, _ = make(3, 7, "random")

@@ -141,12 +141,12 @@ inline int64_t vectors_of(int64_t C, int width, bool aligned) {
 
 // Two vectors a thread while that fills whole warps.
 inline Shape read_twice(int64_t vectors, Mode mode) {
-  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode)),
-              1,           1};
-  if (overrides.threads) shape.threads = overrides.threads;
-  return shape;
+  int threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode));
+  if (overrides.threads) threads = overrides.threads;
+  return {Kind::Block, 0, 1, threads, 1, 1};
 }
 
+// Rows of so many vectors of `width` classes: held where threads of a kernel of the mode can.
 inline Shape choose_vectors(int64_t rows, int64_t vectors, int width, Mode mode, const Device& device) {
   const int most_held = kValuesHeld / width, most = most_threads(Kind::Block, mode);
   const int row_block = mode == Mode::General ? kGeneralRowBlock : kRowBlock;
@@ -184,11 +184,7 @@ inline Shape choose_vectors(int64_t rows, int64_t vectors, int width, Mode mode,
 
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
-inline Shape choose_mixed(int64_t C) {
-  Shape shape{Kind::Block, 0, 1, std::clamp(power_of_two_over(ceil_div(C, 8)), 64, kMostGeneralBlock), 1, 1};
-  if (overrides.threads) shape.threads = overrides.threads;
-  return shape;
-}
+inline Shape choose_mixed(int64_t C) { return read_twice(ceil_div(C, 4), Mode::General); }
 
 // Blocks (of a cluster: all of them) of a launch over so many rows.
 inline int choose_blocks(const Shape& shape, Mode mode, int64_t rows, int64_t row_bytes, const Device& device) {

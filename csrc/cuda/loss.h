@@ -2,6 +2,7 @@
 #pragma once
 
 #include "choices.h"
+#include "elements.cuh"
 #include "list.cuh"
 
 namespace sortkd {

@@ -472,13 +472,13 @@ struct Row {
 // ---- The kernel
 
 // Blocks a processor, which limits registers.
-constexpr int least_blocks(Kind kind, int held, Mode mode) {
+constexpr int least_blocks(Kind kind, Mode mode) {
   if (mode == Mode::General || kind == Kind::Block) return 1;
-  return kind == Kind::Lanes ? 3 : held > 0 ? 2 : 1;
+  return kind == Kind::Lanes ? 3 : 2;
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
-__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind, kHeld, kMode))
+__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind, kMode))
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;

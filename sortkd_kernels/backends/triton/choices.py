@@ -42,7 +42,7 @@ SHORT_ROW = 8192
 LONG_BLOCK = 2048
 
 # Registers of a lane: 16 warps a processor, some of which load while others compute; one less for short rows, which
-# spill on sm_100 otherwise, and 20 where a lane has 16 values of either side. The sort of large ranks, the rare case,
+# spill on sm_100 otherwise; 21 where a lane has 16 values of either side. The sort of large ranks, the rare case,
 # general short rows and doubles take more.
 REGISTERS = 128
 REGISTERS_OF_SHORT_ROW = 136

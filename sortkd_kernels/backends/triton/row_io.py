@@ -150,12 +150,12 @@ def store_row(
             tl.store(slots + N + rows, row_ce, mask=done)
         tl.debug_barrier()
         # Once a program, not once a row: all operations on a group's ticket wait for one another. Only rows that are
-        # neighbours may lie in two groups.
+        # neighbours may lie in two groups; places behind the last row have no group.
         group = rows >> group_bits
         first = tl.min(group, 0)
         last = last_of_group(rows, done, tickets, first, N, group_bits)
         if LAYOUT == NEIGHBOURS:
-            if tl.max(group, 0) > first:
+            if tl.max(tl.where(done, group, first), 0) > first:
                 last = last | last_of_group(rows, done, tickets, first + 1, N, group_bits)
     return last
 
