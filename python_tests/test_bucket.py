@@ -288,7 +288,9 @@ def test_a_student_with_nothing_outside(backend, correction):
     values, indices, target = torch.tensor([[0.6, 0.3]]).log(), torch.tensor([[4, 2]]), torch.tensor([4])
     call = dict(tail="bucket", correction=correction, ce_weight=0.1, backend=backend)
     assert fused_sort_kd_topk(student, values, indices, target, **call) == math.inf
-    loss = fused_sort_kd_topk(student, torch.tensor([[0.75, 0.25]]).log(), indices, target, **call)
+    # A little more than 1 in all: a logarithm rounded down would leave mass outside.
+    everything = torch.tensor([[0.75, 0.25 + 2.0**-20]]).log()
+    loss = fused_sort_kd_topk(student, everything, indices, target, **call)
     (grad,) = torch.autograd.grad(loss, student)
     assert loss.isfinite() and grad.isfinite().all() and not grad[0, [0, 1, 3, 5]].any()
 

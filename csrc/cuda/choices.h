@@ -69,7 +69,7 @@ constexpr int held_warps(Kind kind, Mode mode) {
 
 // Threads of the labels' count, of the correction alone at most, and of the scaling; and those that a processor runs at
 // once.
-constexpr int kCountThreads = 256, kSortThreads = 512, kScaleThreads = 256, kProcessorThreads = 2048;
+constexpr int kCountThreads = 1024, kSortThreads = 512, kScaleThreads = 256, kProcessorThreads = 2048;
 
 // Loads of either side that a thread has under way where a row is read from memory, so that the blocks of a processor
 // have some 32 KiB under way: of 16 bytes; of vectors of two dtypes; of single classes whose dtype the call alone
@@ -96,12 +96,20 @@ constexpr int kPendingBytes = 80;
 // entries where it has 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
 
+// Entries of such a list that a thread has under way at a time: each is a trip to the level 2 cache, and its class's logit
+// another.
+constexpr int kEntriesAhead = 4;
+
 // Shared memory that every launch may have.
 constexpr size_t kGrantedShared = 48 << 10;
 
-// Rows whose labels each block counts itself: 32 KiB that the level 2 cache has. More are counted once, by a launch.
-constexpr int64_t kCountedByBlocks = 4096;
+// Rows whose labels each block counts itself: four loads of a thread, under way beside its first row's. More are counted once,
+// by a launch.
+constexpr int64_t kCountedByBlocks = 512;
 constexpr int kRowsACounter = 8192, kMostCounters = 64;
+
+// Sums of blocks that a lane reads at a time at the end, by which a warp has those of 576 blocks, four a processor.
+constexpr int kPartialsAhead = 18;
 
 // Blocks of a grid, by the processor: of rows that are held as many as run at once, so that each goes from row to row with
 // the next one on its way; else several times what runs at once, so that the last ones end together, and few enough that
@@ -172,7 +180,7 @@ inline Shape choose_vectors(int64_t rows, int64_t vectors, int width, Mode mode,
     int threads = ceil_div(ceil_div(vectors, most_held), 32) * 32, cluster = 1;
     if (overrides.lanes > 32) threads = std::max(threads, overrides.lanes);
     if (device.cluster > 1 || overrides.cluster) {
-      cluster = std::min(kCluster, ceil_div(threads, row_block));
+      cluster = std::min(kCluster, power_of_two_over(ceil_div(threads, row_block)));
       if (device.cluster == kMostCluster && ceil_div(threads, cluster) > most) cluster = kMostCluster;
       if (overrides.cluster) cluster = overrides.cluster;
       threads = ceil_div(ceil_div(threads, cluster), 32) * 32;

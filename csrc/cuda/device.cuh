@@ -148,6 +148,23 @@ SORTKD_DEVICE void copies_wait() {
 #endif
 }
 
+// What this thread has written before is there for who sees what it writes next; in the block, on the device. The
+// runtime's own fences are in one order all over the device, for which they wait longer.
+SORTKD_DEVICE void fence_block() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.cta;" ::: "memory");
+#else
+  __threadfence_block();
+#endif
+}
+SORTKD_DEVICE void fence_device() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  __threadfence();
+#endif
+}
+
 // A launch may begin while the one before it runs (Launch::overlaps), once all blocks of that one allow it; until it has
 // waited, it must not look at what that one writes.
 SORTKD_DEVICE void allow_next_launch() {

@@ -99,24 +99,12 @@ SORTKD_DEVICE int warp_prefix(int count, int lanes = 32) {
   return count;
 }
 
-// What block_merged takes of shared memory: a value of at most so many bytes for each warp.
-constexpr int kMergingBytes = 16;
-
-// The values of a block's threads merged in a fixed order, in every thread. Barriers before and after.
-template <typename V>
-SORTKD_DEVICE V block_merged(V value, char* shared) {
-  static_assert(sizeof(V) <= kMergingBytes);
-  V* const values = reinterpret_cast<V*>(shared);
-  const int warps = static_cast<int>(blockDim.x / kWarp);
-  value = warp_merged(value);
-  __syncthreads();
-  if (lane_id() == 0) values[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = values[0];
-#pragma unroll 1
-  for (int w = 1; w < warps; ++w) value.merge(values[w]);
-  __syncthreads();
-  return value;
+SORTKD_DEVICE int warp_sum(int n) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_add_sync(kFullMask, n);
+#else
+  return warp_merged(Sums<int, 1>{n}).of[0];
+#endif
 }
 
 template <Kind kind>
@@ -174,13 +162,9 @@ struct Group {
       list_sync();
   }
 
-  // Whether a row of those that share barriers says so: a row of a block's, in a block's own row every thread says the
-  // same.
-  SORTKD_DEVICE bool any(bool says) const {
-    if constexpr (kind == Kind::Lanes) return __any_sync(kFullMask, says);
-    if constexpr (kind == Kind::Columns) return __syncthreads_or(says);
-    return says;
-  }
+  // Whether a row of those that take their steps together says so, as all of its threads do: of a warp's rows, and every
+  // warp of columns has one thread of each.
+  SORTKD_DEVICE bool any(bool says) const { return kind == Kind::Block ? says : __any_sync(kFullMask, says); }
 
   static SORTKD_DEVICE Mbarrier* mbarrier(int turn) { return reinterpret_cast<Mbarrier*>(shared_memory()) + turn; }
   template <typename V>

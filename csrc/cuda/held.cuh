@@ -227,8 +227,11 @@ struct HeldRows {
   SORTKD_DEVICE void run(int row) {
     Coming coming{};
     if (kKind == Kind::Block && row < rows) coming.label = p.target[row];
+    const Ticket<float> ticket(p);
+    RowCount<float> count(p);
     fetch(row, coming);
-    const int labels = p.mean ? labels_of_thread(p) : 0;
+    ticket.open();
+    count.count();
     const int lane_row = kOneRow ? 0 : static_cast<int>(lane_id()) >> log_lanes();
 #pragma unroll 1
     for (bool first = true;; first = false) {
@@ -237,8 +240,8 @@ struct HeldRows {
       if (has_row) take(pass, row, coming);
       // Not before a row is there: its gradient is the first that needs the number.
       if (first && p.mean) {
-        const int count = counted_rows(p, labels);
-        weight = count > 0 ? reciprocal(static_cast<float>(count)) : 0.0f;
+        const int rows_that_count = count.of_all();
+        weight = rows_that_count > 0 ? reciprocal(static_cast<float>(rows_that_count)) : 0.0f;
       }
       if (!has_row) break;
       finish(pass, row);
@@ -742,8 +745,9 @@ struct HeldRows {
       if (whole.fix && !whole.near) {
         // While the logits are there still.
         if (group.keeps_list())
-          list.replace_values(whole.listed,
-                              [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
+          list.replace_values(
+              whole.listed, [&](int c) { return access.student(c); },
+              [&](int at, float logit) { return gradient_of(logit, corrected(pass, whole, at)); });
         if (p.inplace) group.sync();
       }
       const bool by_class = whole.slow || p.scalar_grads;
@@ -797,12 +801,17 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), held_warps(kKind, 
   const int log_lanes = kLogLanes >= 0 ? kLogLanes : p.log_lanes;
   Group<kKind> group(log_lanes, p.cluster);
   const int slots = kKind == Kind::Lanes ? static_cast<int>(blockDim.x) >> log_lanes : 1;
-  if (group.keeps_list()) open_ticket(p);
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
+  if (threadIdx.x == 0) ended_warps(p) = 0;
   group.open();
+  allow_next_launch();
+  if (!p.counts) wait_for_launch_before();
+  if (p.reduced) __syncthreads();
   HeldRows<X, kKind, kHeld, kLogLanes, kMode> rows(p, group);
   rows.run(group.index() * slots + group.slot);
-  if (p.reduced && group.keeps_list()) reduce(p, slots, group.index());
+  // A block's row has one sum; rows of lanes are their warps', which end one after the other.
+  if (p.reduced && (kKind == Kind::Lanes ? is_last_warp(p) : group.keeps_list() && group.leads()))
+    reduce(p, slots, group.index());
   group.close();
 }
 

@@ -1,4 +1,4 @@
-// How a row kernel is launched.
+// How the kernels are launched that may begin while the launch before runs.
 #pragma once
 
 #include "loss.h"
@@ -33,16 +33,18 @@ struct LaunchConfig {
 };
 #endif
 
-template <typename T>
-cudaError_t launch_kernel(void (*kernel)(Params<T>), const Launch& launch, const Params<T>& p, cudaStream_t stream) {
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(const char* name, void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stream,
+                          const Arguments&... arguments) {
   if (const cudaError_t error = grant(kernel, launch.shared_bytes); error != cudaSuccess) return error;
 #if defined(__CUDACC__)
+  (void)name;
   const LaunchConfig configured(launch, stream);
-  return cudaLaunchKernelEx(&configured.config, kernel, p);
+  return cudaLaunchKernelEx(&configured.config, kernel, arguments...);
 #else
   (void)stream;
-  simt::launch_clusters("sort_kd_rows", kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,
-                        p);
+  simt::launch_clusters(name, kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,
+                        arguments...);
 #endif
   return cudaGetLastError();
 }

@@ -46,6 +46,19 @@ struct Entry<double> {
 template <typename T, typename G>
 SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
   const int member = group.list_member(), size = group.list_size();
+  // Columns have a barrier of the whole block for each step, and seldom more entries of a row than threads.
+  if constexpr (std::is_same_v<G, Group<Kind::Columns>>)
+    if (!group.any(n > size)) {
+      Entry<T> own{};
+      int before = 0;
+      if (member < n) own = entries[member];
+#pragma unroll 1
+      for (int i = 0; i < n; ++i) before += entries[i].before(own);
+      group.list_sync();
+      if (member < n) entries[before] = own;
+      group.list_sync();
+      return;
+    }
   // All pairs of an entry, in the lower half of a stretch of 2 * distance, and the other entry at its place ^ mask.
   const auto exchange = [&](int distance, int mask) {
 #pragma unroll 1
@@ -230,18 +243,38 @@ struct List {
     if (correction == Correction::Sort && at < above) return at + 1 < above ? entries()[at + 1].value() : label;
     return correction == Correction::Swap && at == 0 && above > 0 ? label : entries()[at].value();
   }
-  // f(at) in the place of each entry's value, which it may read until then, as the next one's. By all threads that keep
-  // the list.
-  template <typename F>
-  SORTKD_DEVICE void replace_values(int n, F&& f) const {
-    const int size = group.list_size();
+  // Entries of a thread that are on their way at a time, with what is read for each.
+  static constexpr int kAhead = kMayBeInDevice ? kEntriesAhead : 1;
+  // f(at, its entry, what is read for it) for this thread's among so many entries from `first` on, of n.
+  template <typename Read, typename F>
+  SORTKD_DEVICE void some(int first, int n, Read&& read, F&& f) const {
+    Entry<T> here[kAhead];
+    T logits[kAhead];
+    const auto place = [&](int k) { return first + group.list_member() + k * group.list_size(); };
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) here[k] = entries()[min(place(k), n - 1)];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) logits[k] = read(here[k].c());
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (place(k) < n) f(place(k), here[k], logits[k], k);
+  }
+  SORTKD_DEVICE int step() const { return kAhead * group.list_size(); }
+  // f(at, read(its class)) in the place of each entry's value, which it may read until then, as the next one's. By all
+  // threads that keep the list.
+  template <typename Read, typename F>
+  SORTKD_DEVICE void replace_values(int n, Read&& read, F&& f) const {
 #pragma unroll 1
-    for (int first = 0; group.any(first < n); first += size) {
-      const int at = first + group.list_member();
-      T number = 0;
-      if (at < n) number = f(at);
+    for (int first = 0; group.any(first < n); first += step()) {
+      Entry<T> replaced[kAhead];
+      if (first < n)
+        some(first, n, read, [&](int at, const Entry<T>& entry, T logit, int k) { replaced[k] = entry.with(f(at, logit)); });
       group.list_sync();
-      if (at < n) entries()[at] = entries()[at].with(number);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int at = first + group.list_member() + k * group.list_size();
+        if (at < n) entries()[at] = replaced[k];
+      }
     }
   }
   // By all threads that keep the list; `collected`: it is in the order of the classes.

@@ -5,7 +5,8 @@
 #include <set>
 #include <tuple>
 
-#include "loss.h"
+#include "launch.cuh"
+#include "reduce.cuh"
 
 namespace sortkd {
 namespace cuda {
@@ -13,12 +14,20 @@ namespace cuda {
 // counts[b]: the rows of block b's span that count.
 __global__ void __launch_bounds__(kCountThreads)
     sort_kd_count(const int64_t* target, int64_t rows, int64_t ignore_index, unsigned* counts) {
-  allow_next_launch();
+  wait_for_launch_before();
+  allow_next_launch();  // what is before this one has ended, too
   const int64_t span = (rows + gridDim.x - 1) / gridDim.x, end = min(rows, (blockIdx.x + 1) * span);
-  Sums<int, 1> counted{};
-  for (int64_t n = blockIdx.x * span + threadIdx.x; n < end; n += kCountThreads) counted.of[0] += target[n] != ignore_index;
-  counted = block_merged(counted, shared_memory());
-  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(counted.of[0]);
+  int n = 0;
+#pragma unroll 8
+  for (int64_t row = blockIdx.x * span + threadIdx.x; row < end; row += kCountThreads) n += target[row] != ignore_index;
+  n = warp_sum(n);
+  int* const warps = reinterpret_cast<int*>(shared_memory());
+  if (lane_id() == 0) warps[threadIdx.x / kWarp] = n;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  n = 0;
+  for (int w = 0; w < kCountThreads / static_cast<int>(kWarp); ++w) n += warps[w];
+  counts[blockIdx.x] = static_cast<unsigned>(n);
 }
 
 const Device& device() {
@@ -126,9 +135,8 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
   p.list.near = take(width ? near * kNearBytes : 0);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
-  // Before and after the rows; of columns where these put their values together.
-  p.merging = shape.kind == Kind::Columns ? kMbarrierBytes : take(kMergingBytes * shape.threads / 32);
-  p.counted = take(static_cast<int>(sizeof(int)));
+  p.merging = take(2 * static_cast<int>(sizeof(int)) * threads / 32);
+  p.ended = take(static_cast<int>(sizeof(int)));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
   p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);
@@ -137,7 +145,7 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
     p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
     p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
   }
-  return {blocks, shape.threads, shape.cluster, bytes, false};
+  return {blocks, shape.threads, shape.cluster, bytes, device().overlaps};
 }
 
 // How a call is launched, and its scratch memory. Made twice, for the size and for the launches.
@@ -149,7 +157,7 @@ struct Plan {
   int counters, blocks, rest_blocks, long_blocks, room;
   unsigned* counts;
   unsigned long long* ticket;
-  double* partials;
+  Totals* partials;
   int32_t* overflow;
   char *entries, *rest_entries;
   size_t bytes;
@@ -218,7 +226,7 @@ struct Plan {
     counters = mean && rows > kCountedByBlocks ? std::min(kMostCounters, ceil_div(rows, kRowsACounter)) : 0;
     counts = pieces.take<unsigned>(counters);
     ticket = pieces.take<unsigned long long>(2);
-    partials = pieces.take<double>(2 * (blocks / shape.cluster + rest_blocks));
+    partials = pieces.take<Totals>(blocks / shape.cluster + rest_blocks);
     overflow = pieces.take<int32_t>(overflows ? rows : 0);
     entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
     rest_entries = pieces.take<char>(long_blocks * list_bytes);
@@ -305,9 +313,13 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   const Plan<T> plan(args, scratch);
   Params<T> p = plan.params(args);
   if (p.rows == 0 && !p.reduced) return cudaSuccess;
-  if (plan.counters)
-    SORTKD_LAUNCH(sort_kd_count, plan.counters, kCountThreads, kCountThreads / 32 * kMergingBytes, stream, args.target, p.rows,
-                  p.config.ignore_index, plan.counts);
+  if (plan.counters) {
+    const Launch on_labels{plan.counters, kCountThreads, 1, kCountThreads / 32 * static_cast<int>(sizeof(int)),
+                           device().overlaps};
+    const cudaError_t error = launch_kernel("sort_kd_count", sort_kd_count, on_labels, stream, args.target, p.rows,
+                                            static_cast<int64_t>(p.config.ignore_index), plan.counts);
+    if (error != cudaSuccess) return error;
+  }
   const Shape& shape = plan.shape;
   p.nonce = fresh_nonce();
   p.ticket = p.reduced ? plan.ticket : nullptr;
@@ -318,8 +330,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.step = p.groups * shape.rows;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
-  Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
-  on_rows.overlaps = plan.counters && device().overlaps;
+  const Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
   const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.partials_before = p.groups;
@@ -329,8 +340,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.long_blocks = plan.long_blocks;
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
-  Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
-  on_rest.overlaps = device().overlaps;
+  const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
   return launch(plan, args, plan.rest, Mode::General, on_rest, p, stream);
 }
 

@@ -12,6 +12,11 @@ namespace cuda {
 // rows that have too many for that, the only ones of a launch of their own, in either; or the k of a top-k teacher, too.
 enum class Lists { Short, Long, TopK };
 
+// A block's sums over the rows that it works on in turn, in shared memory, as registers are short; and in device memory.
+struct alignas(16) Totals {
+  double kd, ce;
+};
+
 template <typename T>
 struct Params : LossInputs {
   int64_t rows, inner;
@@ -40,7 +45,7 @@ struct Params : LossInputs {
   int log_lanes, cluster, groups, step;
   int64_t tiles;
   ListPlaces list;
-  int totals, counted, merging, stage, pending;  // as the lists' places
+  int totals, ended, merging, stage, pending;  // as the lists' places
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
   unsigned long long* overflowed;  // the call's number where there is such a row; else what memory holds
@@ -51,7 +56,7 @@ struct Params : LossInputs {
   T *loss, *kd, *ce;
   const unsigned* counts;  // rows that count, by the block that counted; null: each block counts them itself
   int count_blocks;
-  double* partials;                   // [partials_all][2]: sums of kd and ce, by block
+  Totals* partials;                   // [partials_all], by block
   int partials_before, partials_all;  // blocks of the launches before, and with this one's
   unsigned long long* ticket;         // where the rows are reduced, else null
   unsigned long long nonce;
@@ -69,11 +74,6 @@ constexpr int value_bytes(Kind kind, Mode mode) { return kind == Kind::Columns &
 
 // A call's ticket: its number, and in so many bits the blocks that have ended.
 constexpr int kTicketBits = 24;
-
-// Of a block, in shared memory: registers are short. The sums over a slot's rows, kept by the row's first thread.
-struct Totals {
-  double kd, ce;
-};
 
 // Shared memory for the vectors of a warp that holds its rows. A row of lanes has its list, of as many entries as it may
 // have classes, in the same place.

@@ -6,51 +6,105 @@
 namespace sortkd {
 namespace cuda {
 
-// Where each block counts the rows itself: those of this thread that count.
+// Of a block, in shared memory: registers are short. The sums over a slot's rows, kept by the row's first thread.
 template <typename T>
-SORTKD_DEVICE int labels_of_thread(const Params<T>& p) {
-  int n = 0;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int rows = p.counts ? 0 : static_cast<int>(p.rows);
-#pragma unroll 1
-  for (int first = thread; first < rows; first += 4 * threads)
-#pragma unroll
-    for (int row = first; row < first + 4 * threads; row += threads)
-      if (row < rows) n += p.target[row] != p.config.ignore_index;
-  return n;
+SORTKD_DEVICE Totals& totals_of(const Params<T>& p, int slot) {
+  return reinterpret_cast<Totals*>(shared_memory() + p.totals)[slot];
+}
+// Those of its warps that have no more rows.
+template <typename T>
+SORTKD_DEVICE int& ended_warps(const Params<T>& p) {
+  return *reinterpret_cast<int*>(shared_memory() + p.ended);
 }
 
-// The rows that count, in every thread: counted by each block itself, of which this thread has `n`, or by a launch before.
-// The first thread leaves them in shared memory for the end.
+// A number of each warp, and behind a barrier the block's sum of them.
 template <typename T>
-SORTKD_DEVICE int counted_rows(const Params<T>& p, int n) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  if (p.counts) {
-    wait_for_launch_before();
+SORTKD_DEVICE int* merging_of(const Params<T>& p) {
+  return reinterpret_cast<int*>(shared_memory() + p.merging);
+}
+template <typename T>
+SORTKD_DEVICE void put_for_block(const Params<T>& p, int n) {
+  n = warp_sum(n);
+  if (lane_id() == 0) merging_of(p)[threadIdx.x / kWarp] = n;
+}
+template <typename T>
+SORTKD_DEVICE int sum_of_block(const Params<T>& p) {
+  int n = 0;
 #pragma unroll 1
-    for (int b = thread; b < p.count_blocks; b += threads) n += static_cast<int>(p.counts[b]);
-  }
-  n = block_merged(Sums<int, 1>{n}, shared_memory() + p.merging).of[0];
-  if (thread == 0) *reinterpret_cast<int*>(shared_memory() + p.counted) = n;
+  for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) n += merging_of(p)[w];
   return n;
 }
+// The rows that count, once they are known: each warp's own number.
+template <typename T>
+SORTKD_DEVICE int& counted(const Params<T>& p) {
+  return merging_of(p)[(blockDim.x + threadIdx.x) / kWarp];
+}
+
+// How many of the call's rows count. Of few rows each block counts all; of more a launch before has, by block.
+template <typename T>
+class RowCount {
+  static constexpr int kAhead = 4;
+  const Params<T>& p;
+  const int rows;  // that this block counts
+  int64_t labels[kAhead];
+  SORTKD_DEVICE void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int row = first + i * static_cast<int>(blockDim.x);
+      labels[i] = row < rows ? p.target[row] : p.config.ignore_index;
+    }
+  }
+
+ public:
+  // The first labels leave: before those of the first row's logits, behind which they would arrive.
+  SORTKD_DEVICE explicit RowCount(const Params<T>& p) : p(p), rows(p.mean && !p.counts ? static_cast<int>(p.rows) : 0) {
+    load(static_cast<int>(threadIdx.x));
+  }
+  SORTKD_DEVICE void count() {
+    int n = 0;
+    const int step = kAhead * static_cast<int>(blockDim.x);
+#pragma unroll 1
+    for (int first = static_cast<int>(threadIdx.x);;) {
+#pragma unroll
+      for (const int64_t label : labels) n += label != p.config.ignore_index;
+      if ((first += step) >= rows) break;
+      load(first);
+    }
+    put_for_block(p, n);
+  }
+  // Of all rows, in every thread.
+  SORTKD_DEVICE int of_all() const {
+    if (p.counts) {
+      wait_for_launch_before();
+      int n = 0;
+#pragma unroll 1
+      for (int b = static_cast<int>(threadIdx.x); b < p.count_blocks; b += blockDim.x) n += static_cast<int>(p.counts[b]);
+      put_for_block(p, n);
+    }
+    __syncthreads();
+    const int n = sum_of_block(p);
+    if (lane_id() == 0) counted(p) = n;
+    return n;
+  }
+};
 
 // The sum over a call's rows: each block writes its own, and the block of a launch that ends last adds them up, those of
 // the launches before too, in the order of the blocks and in double. The ticket needs no launch to clear it: it begins as
 // whatever memory holds, and counts from the first block that puts the call's own number into it.
 template <typename T>
-SORTKD_DEVICE void open_ticket(const Params<T>& p) {
-  if (!p.ticket || threadIdx.x != 0) return;
-  const unsigned long long seen = *static_cast<volatile unsigned long long*>(p.ticket);
-  // Where this fails, another block has done it.
-  if (seen >> kTicketBits != p.nonce) atomicCAS(p.ticket, seen, p.nonce << kTicketBits);
-}
+class Ticket {
+  const Params<T>& p;
+  unsigned long long seen = 0;
 
-// A block's sums, kept in shared memory by the first thread of each of the `slots` rows that it works on at a time.
-template <typename T>
-SORTKD_DEVICE Totals& totals_of(const Params<T>& p, int slot) {
-  return reinterpret_cast<Totals*>(shared_memory() + p.totals)[slot];
-}
+ public:
+  SORTKD_DEVICE explicit Ticket(const Params<T>& p) : p(p) {
+    if (p.ticket && threadIdx.x == 0) seen = *static_cast<volatile unsigned long long*>(p.ticket);
+  }
+  // Where this fails, another block has done it.
+  SORTKD_DEVICE void open() const {
+    if (p.ticket && threadIdx.x == 0 && seen >> kTicketBits != p.nonce) atomicCAS(p.ticket, seen, p.nonce << kTicketBits);
+  }
+};
 
 // Leaves a row whose list has no room to the launch for long lists.
 template <typename T>
@@ -73,40 +127,53 @@ SORTKD_DEVICE void write_row(const Params<T>& p, int slot, int64_t row, T kd, T 
   if (p.rank) p.rank[row] = rank;
 }
 
+// By a warp that has no more rows: whether the block's others have none, either.
+template <typename T>
+SORTKD_DEVICE bool is_last_warp(const Params<T>& p) {
+  __syncwarp();
+  bool last = false;
+  if (lane_id() == 0) {
+    fence_block();
+    last = atomicAdd(&ended_warps(p), 1) == static_cast<int>(blockDim.x / kWarp) - 1;
+    fence_block();
+  }
+  return __any_sync(kFullMask, last);
+}
+
+// By a warp, when the block has no more rows, of which it works on so many at a time.
 template <typename T>
 SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
-  __syncthreads();
+  const int lane = static_cast<int>(lane_id());
   Sums<double, 2> sums{};
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  if (thread < slots) sums = {totals_of(p, thread).kd, totals_of(p, thread).ce};
 #pragma unroll 1
-  for (bool own = true;; own = false) {  // the block's own rows, then the blocks
-    sums = block_merged(sums, shared_memory() + p.merging);
-    if (!own) break;
-    bool last = false;
-    if (thread == 0) {
-      double* const mine = p.partials + 2 * (p.partials_before + index);
-      mine[0] = sums.of[0], mine[1] = sums.of[1];
-      __threadfence();
-      if (p.ticket) {
-        const unsigned long long before = atomicAdd(p.ticket, 1ull);
-        last = (before & ((1ull << kTicketBits) - 1)) == static_cast<unsigned>(p.groups - 1);
-        if (last) *p.ticket = 0;  // a graph may be replayed
-        if (last && p.long_blocks) *p.overflowed = 0;
-      }
-    }
-    if (!__syncthreads_or(last)) return;
-    __threadfence();
-    sums = {};
-#pragma unroll 1
-    for (int first = thread; first < p.partials_all; first += 4 * threads)
-#pragma unroll
-      for (int b = first; b < first + 4 * threads; b += threads)
-        if (b < p.partials_all) sums.merge({__ldcg(p.partials + 2 * b), __ldcg(p.partials + 2 * b + 1)});
+  for (int slot = lane; slot < slots; slot += kWarp) sums.merge({totals_of(p, slot).kd, totals_of(p, slot).ce});
+  sums = warp_merged(sums);
+  bool last = false;
+  if (lane == 0) {
+    p.partials[p.partials_before + index] = {sums.of[0], sums.of[1]};
+    fence_device();
+    const unsigned long long before = atomicAdd(p.ticket, 1ull);
+    last = (before & ((1ull << kTicketBits) - 1)) == static_cast<unsigned>(p.groups - 1);
   }
-  if (thread != 0) return;
+  if (!__any_sync(kFullMask, last)) return;
+  fence_device();
+  sums = {};
+#pragma unroll 1
+  for (int first = lane; first < p.partials_all; first += kPartialsAhead * kWarp) {
+#pragma unroll
+    for (int i = 0; i < kPartialsAhead; ++i) {
+      const int b = first + i * static_cast<int>(kWarp);
+      if (b >= p.partials_all) continue;
+      const double2 part = __ldcg(reinterpret_cast<const double2*>(p.partials) + b);
+      sums.merge({part.x, part.y});
+    }
+  }
+  sums = warp_merged(sums);
+  if (lane != 0) return;
+  *p.ticket = 0;  // a graph may be replayed
+  if (p.long_blocks) *p.overflowed = 0;
   // Where no row counts: 0 / 0, as in F.cross_entropy.
-  const T n = p.mean ? static_cast<T>(*reinterpret_cast<const int*>(shared_memory() + p.counted)) : T(1);
+  const T n = p.mean ? static_cast<T>(counted(p)) : T(1);
   const T kd = static_cast<T>(sums.of[0]) / n, ce = static_cast<T>(sums.of[1]) / n;
   *p.loss = weighted(p.kd_weight, kd) + weighted(p.ce_weight, ce);
   if (p.kd) *p.kd = kd;

@@ -45,9 +45,9 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many, with long lists
-  // for one.
-  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 1 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
+  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many; with long lists a
+  // processor has one block, and needs two.
+  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 2 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
   // f(g, j): vector g of the thread, in raw_s[j] and raw_t[j]; then(first) after every kRaw of them.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
@@ -80,6 +80,9 @@ struct Row {
       for (int i = 0; i < W; ++i)
         if (is_other(class_of(g, i))) f(s[i], t[i]);
     }
+  }
+  SORTKD_DEVICE auto student_of() const {
+    return [this](int c) { return access.student(c); };
   }
   SORTKD_DEVICE bool in_row(int c) const { return static_cast<unsigned>(c) < static_cast<unsigned>(p.C); }
   SORTKD_DEVICE bool is_other(int c) const { return counts && in_row(c) && c != y; }
@@ -356,11 +359,11 @@ struct Row {
       if (group.any(listed > 0)) {
         if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
-        for (int at = group.list_member(); at < listed; at += group.list_size()) {
-          const T u = of_student(access.student(list[at].c())),
-                  v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
-          add_teacher(some, u, v, power_of_two(v));
-        }
+        for (int first = 0; first < listed; first += list.step())
+          list.some(first, listed, student_of(), [&](int at, const auto&, T logit, int) {
+            const T v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
+            add_teacher(some, of_student(logit), v, power_of_two(v));
+          });
         if (above > 0) top = list[0].value();
       }
       add_to(sums, some);
@@ -423,8 +426,8 @@ struct Row {
     const bool fix = group.any(listed > 0);
     if (fix) {
       // While the logits are there still: the gradient may lie in their place.
-      list.replace_values(listed, [&](int at) {
-        const T logit = access.student(list[at].c()), value = list.corrected(at, p.config.correction, above, teacher_label);
+      list.replace_values(listed, student_of(), [&](int at, T logit) {
+        const T value = list.corrected(at, p.config.correction, above, teacher_label);
         return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(value)), logit);
       });
       group.sync();
@@ -455,7 +458,10 @@ struct Row {
     if (fix) {
       group.sync();
 #pragma unroll 1
-      for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
+      for (int first = 0; first < listed; first += list.step())
+        list.some(
+            first, listed, [](int) { return T(0); },
+            [&](int, const auto& entry, T, int) { access.put(entry.c(), entry.number()); });
     }
   }
 
@@ -482,16 +488,16 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;
-  if constexpr (kLong) {
-    wait_for_launch_before();
-    if (*static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
-  }
+  if (kLong || !p.counts) wait_for_launch_before();
+  if (kLong && *static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
   Group<kKind> group(p.log_lanes, 1, value_bytes(kKind, kMode));
-  open_ticket(p);
+  Ticket<T>(p).open();
   const int threads = static_cast<int>(blockDim.x);
   const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
-  const T count = p.mean ? static_cast<T>(counted_rows(p, labels_of_thread(p))) : T(1);
+  RowCount<T> rows_that_count(p);
+  rows_that_count.count();
+  const T count = p.mean ? static_cast<T>(rows_that_count.of_all()) : T(1);
   // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
   // shared memory, then, in blocks that have device memory, for the others.
   const int chunk = kLong ? threads : 1, thread = static_cast<int>(threadIdx.x);
@@ -522,7 +528,9 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
       }
     }
   }
-  if (p.reduced) reduce(p, rows, group.index());
+  if (!p.reduced) return;
+  __syncthreads();
+  if (thread < static_cast<int>(kWarp)) reduce(p, rows, group.index());
 }
 
 // The kernel of a mode that is not general.

@@ -7,7 +7,7 @@ namespace cuda {
 
 template <typename T>
 cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, const Params<T>& p, cudaStream_t stream) {
-  const auto run = [&](void (*kernel)(Params<T>)) { return launch_kernel(kernel, launch, p, stream); };
+  const auto run = [&](void (*kernel)(Params<T>)) { return launch_kernel("sort_kd_rows", kernel, launch, stream, p); };
   if constexpr (std::is_same_v<T, float>) {
     const auto with_student = [&](auto&& f) {
       return p.student_dtype == Dtype::Float ? f(float{}) : p.student_dtype == Dtype::Half ? f(Half{}) : f(BFloat16{});

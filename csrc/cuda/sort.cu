@@ -1,6 +1,6 @@
 // The corrected teacher alone, and a gradient times what came from above: each value is copied once.
+#include "launch.cuh"
 #include "list.cuh"
-#include "loss.h"
 
 namespace sortkd {
 namespace cuda {
@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kScaleThreads) sort_kd_scale(const X* grad, X*
                                                                int64_t total, int64_t span, int64_t inner, bool vectors) {
   using T = Acc<X>;
   constexpr int W = kWidth<X>;
+  allow_next_launch();
+  wait_for_launch_before();
   if (one && grad == scaled && *grad_output == T(1)) return;
   const auto number = [&](int64_t i) { return one ? *grad_output : grad_output[i / span * inner + i % inner]; };
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -168,10 +170,9 @@ cudaError_t scale(const ScaleArgs& args, cudaStream_t stream) {
   const bool vectors = past == 0 && (one || (args.layout.inner == 1 && span >= kWidth<X>));
   const int64_t needed = (total + kScaleThreads * kWidth<X> - 1) / (kScaleThreads * kWidth<X>);
   const auto blocks = std::min<int64_t>(needed, overrides.blocks ? overrides.blocks : device().processors * kScaleBlocks);
-  SORTKD_LAUNCH((sort_kd_scale<X>), static_cast<unsigned>(blocks), kScaleThreads, 0, stream, static_cast<const X*>(args.grad),
-                static_cast<X*>(args.scaled), static_cast<const Acc<X>*>(args.grad_output), one, total, span, args.layout.inner,
-                vectors);
-  return cudaGetLastError();
+  return launch_kernel("sort_kd_scale", sort_kd_scale<X>, {static_cast<int>(blocks), kScaleThreads, 1, 0, device().overlaps},
+                       stream, static_cast<const X*>(args.grad), static_cast<X*>(args.scaled),
+                       static_cast<const Acc<X>*>(args.grad_output), one, total, span, args.layout.inner, vectors);
 }
 
 }  // namespace

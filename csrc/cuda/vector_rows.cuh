@@ -11,7 +11,7 @@ template <typename X>
 cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, const Params<float>& p, cudaStream_t stream) {
   using V = Vectors<X>;
   constexpr int kMost = kValuesHeld / V::W;
-  const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel(kernel, launch, p, stream); };
+  const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel("sort_kd_rows", kernel, launch, stream, p); };
   const bool lanes = shape.kind == Kind::Lanes;
   if (p.long_blocks) return run(sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Long>);
   if (shape.held == 0)
