@@ -181,6 +181,8 @@ class Kernel:
             elif name == "CALL" and x.conditional:
                 # On sm_80 a jump out of a loop has this form.
                 after = [*after, *([at[x.target]] if x.target in at else [])]
+            elif x.opcode.startswith("CALL.REL"):
+                pass  # there the lanes of a warp wait for each other, and it returns
             elif name == "CALL" or (name in ("EXIT", "RET", "BRX", "JMX", "BPT") and not x.conditional):
                 after = []  # a failed assertion, or the end
             graph.append(after)

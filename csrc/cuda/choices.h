@@ -108,8 +108,8 @@ constexpr size_t kGrantedShared = 48 << 10;
 constexpr int64_t kCountedByBlocks = 512;
 constexpr int kRowsACounter = 8192, kMostCounters = 64;
 
-// Sums of blocks that a lane reads at a time at the end, by which a warp has those of 576 blocks, four a processor.
-constexpr int kPartialsAhead = 18;
+// Sums of blocks that a lane reads at a time at the end: a warp has those of 528 blocks, four a processor, in two trips.
+constexpr int kPartialsAhead = 9;
 
 // Blocks of a grid, by the processor: of rows that are held as many as run at once, so that each goes from row to row with
 // the next one on its way; else several times what runs at once, so that the last ones end together, and few enough that

@@ -13,7 +13,7 @@ namespace cuda {
 enum class Lists { Short, Long, TopK };
 
 // A block's sums over the rows that it works on in turn, in shared memory, as registers are short; and in device memory.
-struct alignas(16) Totals {
+struct Totals {
   double kd, ce;
 };
 

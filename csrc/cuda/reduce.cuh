@@ -163,9 +163,7 @@ SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
 #pragma unroll
     for (int i = 0; i < kPartialsAhead; ++i) {
       const int b = first + i * static_cast<int>(kWarp);
-      if (b >= p.partials_all) continue;
-      const double2 part = __ldcg(reinterpret_cast<const double2*>(p.partials) + b);
-      sums.merge({part.x, part.y});
+      if (b < p.partials_all) sums.merge({__ldcg(&p.partials[b].kd), __ldcg(&p.partials[b].ce)});
     }
   }
   sums = warp_merged(sums);
