@@ -96,10 +96,6 @@ constexpr int kPendingBytes = 80;
 // entries where it has 227 KiB.
 constexpr int64_t kListBytes = 64 << 20;
 
-// Entries of such a list that a thread has under way at a time: each is a trip to the level 2 cache, and its class's logit
-// another.
-constexpr int kEntriesAhead = 4;
-
 // Shared memory that every launch may have.
 constexpr size_t kGrantedShared = 48 << 10;
 

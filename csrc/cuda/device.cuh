@@ -148,15 +148,8 @@ SORTKD_DEVICE void copies_wait() {
 #endif
 }
 
-// What this thread has written before is there for who sees what it writes next; in the block, on the device. The
-// runtime's own fences are in one order all over the device, for which they wait longer.
-SORTKD_DEVICE void fence_block() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("fence.acq_rel.cta;" ::: "memory");
-#else
-  __threadfence_block();
-#endif
-}
+// What this thread has written before is there, on the device, for who sees what it writes next. The runtime's own fence is
+// in one order with all others of the device, for which it waits longer.
 SORTKD_DEVICE void fence_device() {
 #if defined(__CUDA_ARCH__)
   asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -745,9 +745,8 @@ struct HeldRows {
       if (whole.fix && !whole.near) {
         // While the logits are there still.
         if (group.keeps_list())
-          list.replace_values(
-              whole.listed, [&](int c) { return access.student(c); },
-              [&](int at, float logit) { return gradient_of(logit, corrected(pass, whole, at)); });
+          list.replace_values(whole.listed,
+                              [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
         if (p.inplace) group.sync();
       }
       const bool by_class = whole.slow || p.scalar_grads;
@@ -802,16 +801,15 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), held_warps(kKind, 
   Group<kKind> group(log_lanes, p.cluster);
   const int slots = kKind == Kind::Lanes ? static_cast<int>(blockDim.x) >> log_lanes : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
-  if (threadIdx.x == 0) ended_warps(p) = 0;
   group.open();
   allow_next_launch();
   if (!p.counts) wait_for_launch_before();
-  if (p.reduced) __syncthreads();
   HeldRows<X, kKind, kHeld, kLogLanes, kMode> rows(p, group);
   rows.run(group.index() * slots + group.slot);
-  // A block's row has one sum; rows of lanes are their warps', which end one after the other.
-  if (p.reduced && (kKind == Kind::Lanes ? is_last_warp(p) : group.keeps_list() && group.leads()))
-    reduce(p, slots, group.index());
+  if (p.reduced) {
+    if (kKind == Kind::Lanes) __syncthreads();
+    if (threadIdx.x < kWarp && group.keeps_list()) reduce(p, slots, group.index());
+  }
   group.close();
 }
 

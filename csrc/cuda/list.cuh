@@ -243,38 +243,18 @@ struct List {
     if (correction == Correction::Sort && at < above) return at + 1 < above ? entries()[at + 1].value() : label;
     return correction == Correction::Swap && at == 0 && above > 0 ? label : entries()[at].value();
   }
-  // Entries of a thread that are on their way at a time, with what is read for each.
-  static constexpr int kAhead = kMayBeInDevice ? kEntriesAhead : 1;
-  // f(at, its entry, what is read for it) for this thread's among so many entries from `first` on, of n.
-  template <typename Read, typename F>
-  SORTKD_DEVICE void some(int first, int n, Read&& read, F&& f) const {
-    Entry<T> here[kAhead];
-    T logits[kAhead];
-    const auto place = [&](int k) { return first + group.list_member() + k * group.list_size(); };
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) here[k] = entries()[min(place(k), n - 1)];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) logits[k] = read(here[k].c());
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (place(k) < n) f(place(k), here[k], logits[k], k);
-  }
-  SORTKD_DEVICE int step() const { return kAhead * group.list_size(); }
-  // f(at, read(its class)) in the place of each entry's value, which it may read until then, as the next one's. By all
-  // threads that keep the list.
-  template <typename Read, typename F>
-  SORTKD_DEVICE void replace_values(int n, Read&& read, F&& f) const {
+  // f(at) in the place of each entry's value, which it may read until then, as the next one's. By all threads that keep
+  // the list.
+  template <typename F>
+  SORTKD_DEVICE void replace_values(int n, F&& f) const {
+    const int size = group.list_size();
 #pragma unroll 1
-    for (int first = 0; group.any(first < n); first += step()) {
-      Entry<T> replaced[kAhead];
-      if (first < n)
-        some(first, n, read, [&](int at, const Entry<T>& entry, T logit, int k) { replaced[k] = entry.with(f(at, logit)); });
+    for (int first = 0; group.any(first < n); first += size) {
+      const int at = first + group.list_member();
+      T number = 0;
+      if (at < n) number = f(at);
       group.list_sync();
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int at = first + group.list_member() + k * group.list_size();
-        if (at < n) entries()[at] = replaced[k];
-      }
+      if (at < n) entries()[at] = entries()[at].with(number);
     }
   }
   // By all threads that keep the list; `collected`: it is in the order of the classes.

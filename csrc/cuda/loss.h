@@ -45,7 +45,7 @@ struct Params : LossInputs {
   int log_lanes, cluster, groups, step;
   int64_t tiles;
   ListPlaces list;
-  int totals, ended, merging, stage, pending;  // as the lists' places
+  int totals, merging, stage, pending;  // as the lists' places
   // The entries of rows that have no room for them, which a launch of its own takes; of the other rows 0.
   int32_t* overflow;
   unsigned long long* overflowed;  // the call's number where there is such a row; else what memory holds

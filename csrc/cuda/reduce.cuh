@@ -11,12 +11,6 @@ template <typename T>
 SORTKD_DEVICE Totals& totals_of(const Params<T>& p, int slot) {
   return reinterpret_cast<Totals*>(shared_memory() + p.totals)[slot];
 }
-// Those of its warps that have no more rows.
-template <typename T>
-SORTKD_DEVICE int& ended_warps(const Params<T>& p) {
-  return *reinterpret_cast<int*>(shared_memory() + p.ended);
-}
-
 // A number of each warp, and behind a barrier the block's sum of them.
 template <typename T>
 SORTKD_DEVICE int* merging_of(const Params<T>& p) {
@@ -125,19 +119,6 @@ SORTKD_DEVICE void write_row(const Params<T>& p, int slot, int64_t row, T kd, T 
     if (p.ce) p.ce[row] = ce;
   }
   if (p.rank) p.rank[row] = rank;
-}
-
-// By a warp that has no more rows: whether the block's others have none, either.
-template <typename T>
-SORTKD_DEVICE bool is_last_warp(const Params<T>& p) {
-  __syncwarp();
-  bool last = false;
-  if (lane_id() == 0) {
-    fence_block();
-    last = atomicAdd(&ended_warps(p), 1) == static_cast<int>(blockDim.x / kWarp) - 1;
-    fence_block();
-  }
-  return __any_sync(kFullMask, last);
 }
 
 // By a warp, when the block has no more rows, of which it works on so many at a time.

@@ -45,9 +45,9 @@ struct Row {
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
-  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many; with long lists a
-  // processor has one block, and needs two.
-  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 2 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
+  // Vectors of a thread that are under way at a time. The general kernel has registers for half as many, with long lists
+  // for one.
+  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 1 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
   // f(g, j): vector g of the thread, in raw_s[j] and raw_t[j]; then(first) after every kRaw of them.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
@@ -80,9 +80,6 @@ struct Row {
       for (int i = 0; i < W; ++i)
         if (is_other(class_of(g, i))) f(s[i], t[i]);
     }
-  }
-  SORTKD_DEVICE auto student_of() const {
-    return [this](int c) { return access.student(c); };
   }
   SORTKD_DEVICE bool in_row(int c) const { return static_cast<unsigned>(c) < static_cast<unsigned>(p.C); }
   SORTKD_DEVICE bool is_other(int c) const { return counts && in_row(c) && c != y; }
@@ -359,11 +356,11 @@ struct Row {
       if (group.any(listed > 0)) {
         if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
-        for (int first = 0; first < listed; first += list.step())
-          list.some(first, listed, student_of(), [&](int at, const auto&, T logit, int) {
-            const T v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
-            add_teacher(some, of_student(logit), v, power_of_two(v));
-          });
+        for (int at = group.list_member(); at < listed; at += group.list_size()) {
+          const T u = of_student(access.student(list[at].c())),
+                  v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
+          add_teacher(some, u, v, power_of_two(v));
+        }
         if (above > 0) top = list[0].value();
       }
       add_to(sums, some);
@@ -426,8 +423,8 @@ struct Row {
     const bool fix = group.any(listed > 0);
     if (fix) {
       // While the logits are there still: the gradient may lie in their place.
-      list.replace_values(listed, student_of(), [&](int at, T logit) {
-        const T value = list.corrected(at, p.config.correction, above, teacher_label);
+      list.replace_values(listed, [&](int at) {
+        const T logit = access.student(list[at].c()), value = list.corrected(at, p.config.correction, above, teacher_label);
         return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(value)), logit);
       });
       group.sync();
@@ -458,10 +455,7 @@ struct Row {
     if (fix) {
       group.sync();
 #pragma unroll 1
-      for (int first = 0; first < listed; first += list.step())
-        list.some(
-            first, listed, [](int) { return T(0); },
-            [&](int, const auto& entry, T, int) { access.put(entry.c(), entry.number()); });
+      for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
     }
   }
 

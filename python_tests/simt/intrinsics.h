@@ -73,7 +73,6 @@ T atomicMax(T* p, T value) {
   return before;
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 [[noreturn]] inline void __trap() { simt::fail("__trap"); }
 
