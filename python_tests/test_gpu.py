@@ -265,6 +265,48 @@ def test_cuda_graph(backend, shape):
     assert torch.equal(replayed[0], step()) and torch.equal(replayed[1], student.grad)
 
 
+@on_gpu
+@pytest.mark.parametrize("shape", ((64, 100), (700, 40000), (5000, 30)), ids=str)
+@EVERY_BACKEND
+def test_launches_wait_for_what_is_before_them(backend, shape):
+    """In a graph behind copies, one of them of another stream, and call after call on two streams: the native launches
+    begin while the one before ends, and read nothing that it or a copy has yet to write."""
+    leaf, teacher, target = make(*shape)
+    want = fused_sort_kd(leaf, teacher, target, backend=backend)
+    want.backward()
+    student, late_teacher, late_target = torch.zeros_like(leaf).requires_grad_(), torch.zeros_like(teacher), target * 0
+    side, other = torch.cuda.Stream(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or loaded at first is no part of the graph
+        warm = torch.zeros_like(leaf).requires_grad_()
+        fused_sort_kd(warm, late_teacher, late_target, backend=backend).backward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        other.wait_stream(side)
+        with torch.cuda.stream(other):
+            late_teacher.copy_(teacher)
+        with torch.no_grad():
+            student.copy_(leaf)
+        late_target.copy_(target)
+        side.wait_stream(other)
+        loss = fused_sort_kd(student, late_teacher, late_target, backend=backend)
+        loss.backward()
+    for _ in range(10):
+        for x in (late_teacher, late_target, student.grad, loss.detach()):
+            x.zero_()
+        graph.replay()
+        assert torch.equal(loss, want) and torch.equal(student.grad, leaf.grad)
+    torch.cuda.synchronize()
+    results = []
+    for i in range(10):
+        with torch.cuda.stream((side, other)[i % 2]):
+            own = leaf.detach().clone().requires_grad_()
+            results.append((fused_sort_kd(own, teacher, target, backend=backend), own))
+            results[-1][0].backward()
+    torch.cuda.synchronize()
+    assert all(torch.equal(loss, want) and torch.equal(own.grad, leaf.grad) for loss, own in results)
+
+
 # What rows whose rank exceeds shared memory may take, whatever N and C are.
 BUDGET = 64 << 20
 

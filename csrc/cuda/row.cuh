@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
     sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
   constexpr bool kLong = kLists == Lists::Long;
-  if (kLong || !p.counts) wait_for_launch_before();
+  if (kLong || !p.counts) wait_for_launch_before();  // or the launch that counts has waited
   if (kLong && *static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
   Group<kKind> group(p.log_lanes, 1, value_bytes(kKind, kMode));
   Ticket<T>(p).open();
