@@ -135,7 +135,7 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
   p.list.near = take(width ? near * kNearBytes : 0);
   p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
   p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
-  p.merging = take(2 * static_cast<int>(sizeof(int)) * threads / 32);
+  p.merging = take(static_cast<int>(sizeof(int)) * (threads / 32 + 1));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
   p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);

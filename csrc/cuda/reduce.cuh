@@ -28,10 +28,10 @@ SORTKD_DEVICE int sum_of_block(const Params<T>& p) {
   for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) n += merging_of(p)[w];
   return n;
 }
-// The rows that count, once they are known: each warp's own number.
+// Behind them the rows that count, once they are known, which the first thread keeps for the end.
 template <typename T>
 SORTKD_DEVICE int& counted(const Params<T>& p) {
-  return merging_of(p)[(blockDim.x + threadIdx.x) / kWarp];
+  return merging_of(p)[blockDim.x / kWarp];
 }
 
 // How many of the call's rows count. Of few rows each block counts all; of more a launch before has, by block.
@@ -77,7 +77,7 @@ class RowCount {
     }
     __syncthreads();
     const int n = sum_of_block(p);
-    if (lane_id() == 0) counted(p) = n;
+    if (threadIdx.x == 0) counted(p) = n;
     return n;
   }
 };
@@ -121,7 +121,7 @@ SORTKD_DEVICE void write_row(const Params<T>& p, int slot, int64_t row, T kd, T 
   if (p.rank) p.rank[row] = rank;
 }
 
-// By a warp, when the block has no more rows, of which it works on so many at a time.
+// By the first warp, when the block has no more rows, of which it works on so many at a time.
 template <typename T>
 SORTKD_DEVICE void reduce(const Params<T>& p, int slots, int index) {
   const int lane = static_cast<int>(lane_id());
