@@ -227,6 +227,13 @@ ROWS = """
 """
 
 
+def test_a_call_that_returns():
+    """What follows where the lanes of a warp wait for each other can be reached; behind a failed assertion nothing can."""
+    calls = LOOP.replace("STL [R1], R4", "CALL.REL.NOINC 0x80").replace("@P2 BRA 0x80", "FADD R0, R0, R0")
+    assert gpu_static.Kernel("kernel", calls, 8, 0).once.opcodes[-3:] == ("IADD3", "STG.E.128", "EXIT")
+    assert gpu_static.Kernel("kernel", calls.replace(".REL", ".ABS"), 8, 0).fetched == 7
+
+
 def test_one_more_row():
     """By hand: six instructions of the warp that has the reciprocal, four of each other; four where there is none."""
     kernel = gpu_static.Kernel("rows", ROWS, 8, 0)

@@ -42,7 +42,7 @@ constexpr int kValuesHeld = 32;
 // Threads of a block of rows of lanes. Four warps leave little behind when the last block runs alone.
 constexpr int kSmallBlock = 128;
 
-// Threads of a block that holds a row; beyond that a cluster of as few such blocks as can. With 128 registers two such blocks
+// Threads of a block that holds a row; beyond that a cluster of 2, 4 or 8 of them. With 128 registers two such blocks
 // are on a processor, so that one row's loads overlap another's gradient; rows beyond eight of them take blocks of
 // twice as many, one a processor. Eight blocks a cluster are what every device with clusters may run, sixteen what
 // some do; either where the device says so. Longer rows are read twice, at four exponentials a class: of more than 262144 or
@@ -109,7 +109,7 @@ constexpr int kPartialsAhead = 9;
 
 // Blocks of a grid, by the processor: of rows that are held as many as run at once, so that each goes from row to row with
 // the next one on its way; else several times what runs at once, so that the last ones end together, and few enough that
-// one block adds up their sums in a microsecond.
+// one warp adds up their sums in some microseconds.
 constexpr int kBlocksAProcessor = 16;
 
 // Of the scaling kernel, which mostly looks at one number and ends: few, and loads of a thread that are under way, 32 KiB a

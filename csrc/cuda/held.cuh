@@ -802,7 +802,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), held_warps(kKind, 
   const int slots = kKind == Kind::Lanes ? static_cast<int>(blockDim.x) >> log_lanes : 1;
   if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
   group.open();
-  allow_next_launch();
+  allow_next_launch();                      // that for long lists, which waits
   if (!p.counts) wait_for_launch_before();  // or the launch that counts has waited
   HeldRows<X, kKind, kHeld, kLogLanes, kMode> rows(p, group);
   rows.run(group.index() * slots + group.slot);

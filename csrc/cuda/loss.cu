@@ -20,14 +20,10 @@ __global__ void __launch_bounds__(kCountThreads)
   int n = 0;
 #pragma unroll 8
   for (int64_t row = blockIdx.x * span + threadIdx.x; row < end; row += kCountThreads) n += target[row] != ignore_index;
-  n = warp_sum(n);
   int* const warps = reinterpret_cast<int*>(shared_memory());
-  if (lane_id() == 0) warps[threadIdx.x / kWarp] = n;
+  put_for_block(warps, n);
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  n = 0;
-  for (int w = 0; w < kCountThreads / static_cast<int>(kWarp); ++w) n += warps[w];
-  counts[blockIdx.x] = static_cast<unsigned>(n);
+  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(sum_of_block(warps));
 }
 
 const Device& device() {
@@ -316,7 +312,7 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
     const Launch on_labels{plan.counters, kCountThreads, 1, kCountThreads / 32 * static_cast<int>(sizeof(int)),
                            device().overlaps};
     const cudaError_t error = launch_kernel("sort_kd_count", sort_kd_count, on_labels, stream, args.target, p.rows,
-                                            static_cast<int64_t>(p.config.ignore_index), plan.counts);
+                                            p.config.ignore_index, plan.counts);
     if (error != cudaSuccess) return error;
   }
   const Shape& shape = plan.shape;
