@@ -20,10 +20,14 @@ __global__ void __launch_bounds__(kCountThreads)
   int n = 0;
 #pragma unroll 8
   for (int64_t row = blockIdx.x * span + threadIdx.x; row < end; row += kCountThreads) n += target[row] != ignore_index;
+  n = warp_sum(n);
   int* const warps = reinterpret_cast<int*>(shared_memory());
-  put_for_block(warps, n);
+  if (lane_id() == 0) warps[threadIdx.x / kWarp] = n;
   __syncthreads();
-  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<unsigned>(sum_of_block(warps));
+  if (threadIdx.x != 0) return;
+  n = 0;
+  for (int w = 0; w < kCountThreads / static_cast<int>(kWarp); ++w) n += warps[w];
+  counts[blockIdx.x] = static_cast<unsigned>(n);
 }
 
 const Device& device() {

@@ -11,20 +11,22 @@ template <typename T>
 SORTKD_DEVICE Totals& totals_of(const Params<T>& p, int slot) {
   return reinterpret_cast<Totals*>(shared_memory() + p.totals)[slot];
 }
-// A number of each warp, in shared memory, and behind a barrier the block's sum of them.
-SORTKD_DEVICE void put_for_block(int* warps, int n) {
-  n = warp_sum(n);
-  if (lane_id() == 0) warps[threadIdx.x / kWarp] = n;
-}
-SORTKD_DEVICE int sum_of_block(const int* warps) {
-  int n = 0;
-#pragma unroll 1
-  for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) n += warps[w];
-  return n;
-}
+// A number of each warp, and behind a barrier the block's sum of them.
 template <typename T>
 SORTKD_DEVICE int* merging_of(const Params<T>& p) {
   return reinterpret_cast<int*>(shared_memory() + p.merging);
+}
+template <typename T>
+SORTKD_DEVICE void put_for_block(const Params<T>& p, int n) {
+  n = warp_sum(n);
+  if (lane_id() == 0) merging_of(p)[threadIdx.x / kWarp] = n;
+}
+template <typename T>
+SORTKD_DEVICE int sum_of_block(const Params<T>& p) {
+  int n = 0;
+#pragma unroll 1
+  for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) n += merging_of(p)[w];
+  return n;
 }
 // Behind them the rows that count, once they are known, which the first thread keeps for the end.
 template <typename T>
@@ -62,7 +64,7 @@ class RowCount {
       if ((first += step) >= rows) break;
       load(first);
     }
-    put_for_block(merging_of(p), n);
+    put_for_block(p, n);
   }
   // Of all rows, in every thread.
   SORTKD_DEVICE int of_all() const {
@@ -71,10 +73,10 @@ class RowCount {
       int n = 0;
 #pragma unroll 1
       for (int b = static_cast<int>(threadIdx.x); b < p.count_blocks; b += blockDim.x) n += static_cast<int>(p.counts[b]);
-      put_for_block(merging_of(p), n);
+      put_for_block(p, n);
     }
     __syncthreads();
-    const int n = sum_of_block(merging_of(p));
+    const int n = sum_of_block(p);
     if (threadIdx.x == 0) counted(p) = n;
     return n;
   }
