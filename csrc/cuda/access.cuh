@@ -189,6 +189,16 @@ SORTKD_DEVICE void put_edges(const A& access, const G& group, int C, int before,
   }
 }
 
+// Of vectors that are loaded as they are, a logit.
+template <class A>
+struct LogitOf {
+  using Type = Half;
+};
+template <typename X>
+struct LogitOf<Vectors<X>> {
+  using Type = X;
+};
+
 template <class A>
 constexpr bool kIsMixed = false;
 template <typename T, bool kTopK>

@@ -85,16 +85,22 @@ constexpr int kListRoom = 2048;
 
 // Most wrong rows of a trained teacher have a few classes above the label. Lists of so few entries, with both logits, are
 // near: each entry looks at all others, and nothing is sorted, nor read from memory again. Entries by the lane of rows of
-// lanes, whose longer lists take the place of the next row's logits, and three, so that the four blocks of a processor fit
-// into 164 KiB; of a block's row, and by each of its warps.
+// lanes, three, so that the four blocks of a processor fit into 164 KiB (rotate.cuh takes rows with more); of a block's row,
+// and by each of its warps.
 constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
 
 // A row whose temperature's gradient is pending.
 constexpr int kPendingBytes = 80;
 
-// Device memory for the lists of that launch that are too long for a block's shared memory, which has room for 14,000
-// entries where it has 227 KiB.
+// Device memory of that launch, at most half of it for the logits that have moved, a row of them a block; else for the lists
+// that are too long for a block's shared memory, which has room for 14,000 entries where it has 227 KiB. Of halves only for
+// more values than 26,000 of all that there are (value_table.cuh).
 constexpr int64_t kListBytes = 64 << 20;
+constexpr int kHalves = 1 << 16, kPlaceBytes = 8, kTableBytes = kHalves / 32 * 8;
+
+// Threads of a block that has such a row of halves: one block a processor, as its 128 registers leave; mostly there are few
+// rows.
+constexpr int kTableBlock = 512;
 
 // Shared memory that every launch may have.
 constexpr size_t kGrantedShared = 48 << 10;
@@ -123,10 +129,11 @@ struct Device {
   bool overlaps;                              // a launch may begin while the one before it runs, in a captured graph too
 };
 
-// Of the launch for long lists: the entries of each of a block's two lists in what is left of its shared memory.
-inline int choose_long_room(int64_t most, int used_bytes, size_t entry_bytes, const Device& device) {
+// Of the launch for long lists: the entries, or values, of so many bytes, for which there is room in what is left of a block's
+// shared memory.
+inline int choose_long_room(int64_t most, int used_bytes, int entry_bytes, const Device& device) {
   if (overrides.long_room) return overrides.long_room;
-  const int64_t room = (device.shared_bytes - used_bytes) / static_cast<int64_t>(2 * entry_bytes);
+  const int64_t room = (device.shared_bytes - used_bytes) / entry_bytes;
   return static_cast<int>(std::clamp<int64_t>(room, 0, most));
 }
 
@@ -144,8 +151,8 @@ inline int64_t vectors_of(int64_t C, int width, bool aligned) {
 }
 
 // Two vectors a thread while that fills whole warps.
-inline Shape read_twice(int64_t vectors, Mode mode) {
-  int threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads(Kind::Block, mode));
+inline Shape read_twice(int64_t vectors, int most_threads) {
+  int threads = std::clamp(power_of_two_over(ceil_div(vectors, 2)), 64, most_threads);
   if (overrides.threads) threads = overrides.threads;
   return {Kind::Block, 0, 1, threads, 1, 1};
 }
@@ -183,12 +190,13 @@ inline Shape choose_vectors(int64_t rows, int64_t vectors, int width, Mode mode,
     }
     if (threads <= most) return {Kind::Block, most_held, 1, threads, cluster, 1};
   }
-  return read_twice(vectors, mode);
+  return read_twice(vectors, most);
 }
 
 inline Shape choose_columns(int64_t C) { return {Kind::Columns, kValuesHeld, 1, ceil_div(C, kValuesHeld) * 32, 1, 32}; }
 
-inline Shape choose_mixed(int64_t C) { return read_twice(ceil_div(C, 4), Mode::General); }
+inline Shape choose_mixed(int64_t C) { return read_twice(ceil_div(C, 4), kMostGeneralBlock); }
+inline Shape choose_by_value(int64_t C) { return read_twice(ceil_div(C, 8), kTableBlock); }
 
 // Blocks (of a cluster: all of them) of a launch over so many rows.
 inline int choose_blocks(const Shape& shape, Mode mode, int64_t rows, int64_t row_bytes, const Device& device) {

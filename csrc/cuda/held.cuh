@@ -7,7 +7,8 @@
 // into registers: the classes of its neighbours, the label, and the classes above the label, which are put on a list;
 // trained teachers have few. The list's classes join the sums with their corrected values, and their gradients, as the
 // label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum. A short
-// list lies near, with both logits of its classes; a long one is sorted, and reads them again.
+// list lies near, with both logits of its classes; a block's long one is sorted, and reads them again. Lanes have none:
+// they correct the logits before they load them (rotate.cuh).
 //
 // Exponentials are relative to the label's own logits, those of z-scores to their means, which takes no search for maxima.
 // Where a sum then leaves the range of its type the row is read again, class by class, relative to its maxima.
@@ -17,6 +18,7 @@
 #include "general.cuh"
 #include "near_list.cuh"
 #include "reduce.cuh"
+#include "rotate.cuh"
 
 namespace sortkd {
 namespace cuda {
@@ -79,12 +81,12 @@ struct HeldRows {
     ThreadSums sums;               // of this thread
     float student_label, teacher_label;
     Scaled scaled;
-    int y;                // the label; -1: the row does not count
-    bool has_label;       // its class is the thread's
-    unsigned higher;      // a bit for each class that is put on the list
-    int listed = 0;       // entries of the list, of the row of lanes or the block's warp
-    bool fix = false;     // of lanes: one of the rows that take their steps together has a list
-    bool shares = false;  // and one of them a list that takes the place of the next row's logits
+    int y;                 // the label; -1: the row does not count
+    bool has_label;        // its class is the thread's
+    unsigned higher;       // a bit for each class that is put on the list
+    int listed = 0;        // entries of the list, of the row of lanes or the block's warp
+    bool fix = false;      // of lanes: one of the rows that take their steps together has a list
+    bool rotated = false;  // or all of them have their corrected logits where the next row's will lie
   };
 
   // What is known of a row by all of its threads.
@@ -222,8 +224,8 @@ struct HeldRows {
     for (int n = 0; n < kValues; ++n) sums.of[kZCe] += power_of_two(exponent(pass.s[n]));
   }
 
-  // All rows of the group, each one on its way while the one before is computed. Where a row's list lies in the memory of
-  // the next one's logits, that one waits.
+  // All rows of the group, each one on its way while the one before is computed; not so where a row's corrected logits lie
+  // in its place.
   SORTKD_DEVICE void run(int row) {
     Coming coming{};
     if (kKind == Kind::Block && row < rows) coming.label = p.target[row];
@@ -246,7 +248,7 @@ struct HeldRows {
       if (!has_row) break;
       finish(pass, row);
       row += p.step;
-      if (pass.shares) fetch(row, coming);
+      if (pass.rotated) fetch(row, coming);
       if constexpr (kGeneral) pending.take(row - lane_row >= rows);
     }
   }
@@ -328,10 +330,10 @@ struct HeldRows {
         }
     }
     if (__any_sync(kFullMask, pass.higher)) {
-      put_on_near_list(pass);
+      correct(pass);
       load_teacher();
     }
-    if (!pass.shares) fetch(row + p.step, coming);
+    if (!pass.rotated) fetch(row + p.step, coming);
 
     if constexpr (kGeneral) {
       if (kKind == Kind::Block && p.config.standardize) moments = over_row(moments, group, p.C);
@@ -366,7 +368,7 @@ struct HeldRows {
       for (int n = compiler_barrier(kValues) - 1; n >= 0; --n) {
         const int c = class_of(access, n / W, n % W);
         if (static_cast<unsigned>(c) >= static_cast<unsigned>(p.C) || c == y || pass.higher >> n & 1) continue;
-        const float v = of_teacher(access.teacher(c));
+        const float v = of_teacher(teacher_of(pass, c));
         add_cross(pass.sums, of_student(access.student(c)), v, power_of_two(v));
       }
     }
@@ -421,14 +423,25 @@ struct HeldRows {
   // What a class above the label is above.
   SORTKD_DEVICE float threshold_of(const Pass& pass) const { return pass.teacher_label + p.over_label; }
 
-  // Blanks the classes above the label, and puts them on the near list if it has room for them.
-  SORTKD_DEVICE void put_on_near_list(Pass& pass) const {
+  // Blanks the classes above the label, and puts them on the near list if it has room for them; of lanes that have more,
+  // rotates them.
+  SORTKD_DEVICE void correct(Pass& pass) const {
     const int own = __popc(pass.higher), lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp);
     const int last = warp_prefix(own, lanes);
     pass.listed = __shfl_sync(kFullMask, last, lanes - 1, lanes);
+    if constexpr (kKind == Kind::Lanes) {
+      pass.rotated = __any_sync(kFullMask, pass.listed > lanes * kNearEntries);
+      if (pass.rotated) {
+        rotate_top(
+            group, p.config.correction, pass.teacher_label, pass.higher, last - own, pass.listed, values_of_row(),
+            reinterpret_cast<unsigned short*>(near.entries), [&](int n) -> X& { return staged(n / W, n % W)[kTeacher * W]; },
+            [&](int n) { return class_of(pass.access, n / W, n % W); });
+        pass.higher = 0;
+        return;
+      }
+    }
     pass.fix = true;
-    pass.shares = kKind == Kind::Lanes && __any_sync(kFullMask, pass.listed > lanes * kNearEntries);
-    const bool is_near = kKind == Kind::Lanes ? !pass.shares : pass.listed <= kNearOfWarp;
+    const bool is_near = kKind == Kind::Lanes || pass.listed <= kNearOfWarp;
     Near* to = near.of_warp + last - own;
 #pragma unroll 1
     for (unsigned left = pass.higher; left; left &= left - 1) {
@@ -437,6 +450,19 @@ struct HeldRows {
       if (is_near) *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
       at[kTeacher * W] = narrowed<X>(kBlank);
     }
+  }
+
+  // Room for a float of each class of a row of lanes: the student's logits have it until they are loaded, if they have as many
+  // bytes; else it is behind both.
+  SORTKD_DEVICE float* values_of_row() const {
+    uint4* const of_warp = stage - lane_id() + (sizeof(X) < sizeof(float) ? 2 * kTeacher : 0);
+    return reinterpret_cast<float*>(of_warp) + (static_cast<int>(lane_id()) & -group.size) * kValues;
+  }
+  // The teacher's logit, corrected if it is to be added with the others.
+  SORTKD_DEVICE float teacher_of(const Pass& pass, int c) const {
+    if (kKind != Kind::Lanes || !pass.rotated) return pass.access.teacher(c);
+    const int place = c + pass.access.head, g = place / W;
+    return widened(staged(g >> log_lanes(), place % W, (g & (group.size - 1)) - group.member)[kTeacher * W]);
   }
 
   // The largest two of the teacher's logits on the list, and what its classes have in the sums, by so many threads of which
@@ -488,13 +514,13 @@ struct HeldRows {
     return sums;
   }
 
-  // The row's classes one at a time, from memory, but the label and those above it; and its list, near or in order.
+  // The row's classes one at a time, from memory, but the label and those on its list; and the list, in order.
   SORTKD_DEVICE void add_classes(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
 #pragma unroll 1
     for (int c = group.member; c < p.C; c += group.size) {
       if (c == pass.y) continue;
-      const float a = pass.access.student(c), b = pass.access.teacher(c);
-      const bool high = b > threshold_of(pass);
+      const float a = pass.access.student(c), b = teacher_of(pass, c);
+      const bool high = !pass.rotated && b > threshold_of(pass);
       const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
       part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
       add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
@@ -505,7 +531,7 @@ struct HeldRows {
   SORTKD_DEVICE void add_sorted(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
 #pragma unroll 1
     for (int at = group.list_member(); at < whole.listed; at += group.list_size())
-      add_listed(part, whole, student_of(pass, whole, at), corrected(pass, whole, at));
+      add_listed(part, whole, pass.access.student(list[at].c()), corrected(pass, whole, at));
   }
 
   // Of the general mode: the sums again, relative to the means, of which the moments are what is left of no cancellation.
@@ -539,17 +565,15 @@ struct HeldRows {
   SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
     const V& access = pass.access;
     const bool has_list = whole.fix && group.keeps_list();
-    const bool near_lanes = kKind == Kind::Lanes && whole.near;
-    if (near_lanes) group.sync();
-    if (whole.fix && !near_lanes) {
+    if (kKind == Kind::Lanes && whole.fix) group.sync();
+    if (kKind == Kind::Block && whole.fix) {
       const auto places = group.places_of(__popc(pass.higher));
       whole.listed = places.all;
-      if (kKind == Kind::Block && whole.listed > p.list.room) {
+      if (whole.listed > p.list.room) {
         if (group.member == 0) put_off(p, row, whole.listed);
         return false;
       }
       int at = places.first;
-      if (kKind == Kind::Lanes) __syncwarp();  // the list takes the place of logits that other lanes have loaded
 #pragma unroll 1
       for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
         const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
@@ -567,9 +591,10 @@ struct HeldRows {
     for (int step = whole.fix ? kList : kMaxima;; ++step) {
       Part<kSums> part;
       if (step != kList && whole.slow) add_classes(part, pass, whole);
-      if (step == kList && near_lanes) {
-        part = near_part(pass, whole, group.member, group.size);
-      } else if (has_list && (step == kList || (step == kAgain && whole.slow))) {
+      const bool adds_list = has_list && (step == kList || (step == kAgain && whole.slow));
+      if (kKind == Kind::Lanes && adds_list) {
+        part.merge(near_part(pass, whole, group.member, group.size));
+      } else if (adds_list) {
         add_sorted(part, pass, whole);
         // All blocks learn the two largest of the teacher.
         const int at = group.list_member();
@@ -594,12 +619,8 @@ struct HeldRows {
     }
     return true;
   }
-  // Both logits of an entry of the list.
-  SORTKD_DEVICE float student_of(const Pass& pass, const Whole& whole, int at) const {
-    return kKind == Kind::Lanes && whole.near ? near[at].student : pass.access.student(list[at].c());
-  }
+  // The corrected logit of an entry of the list that is not near.
   SORTKD_DEVICE float corrected(const Pass& pass, const Whole& whole, int at) const {
-    if (kKind == Kind::Lanes && whole.near) return near[at].teacher;
     return list.corrected(at, p.config.correction, whole.listed, pass.teacher_label);
   }
 
@@ -686,7 +707,8 @@ struct HeldRows {
       whole.sums = kOneRow ? warp_summed(sums) : group.merged(sums);
       whole.slow = counts & !scaled(pass, whole, sum(whole, kZTeacher));
       // The rows of a warp take the steps of the list together.
-      whole.listed = pass.listed, whole.fix = pass.fix, whole.near = pass.fix && !pass.shares;
+      whole.listed = pass.listed, whole.fix = whole.near = pass.fix;
+      if (pass.rotated) whole.top = *values_of_row();
       if (whole.fix || any(whole.slow)) complete(pass, whole, row);
       if (recentres) recentre(pass, whole);
       make_terms();
@@ -765,7 +787,7 @@ struct HeldRows {
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
           if (kKind == Kind::Block && whole.near)
             if (const Near* const found = near.find(c, whole.listed)) return gradient_of(found->student, found->teacher);
-          return counts ? gradient_of(access.student(c), access.teacher(c)) : 0.0f;
+          return counts ? gradient_of(access.student(c), teacher_of(pass, c)) : 0.0f;
         });
       // By the thread that has written the label's vector, so after it; class by class, by nobody.
       if (pass.has_label) access.put(pass.y, at_label(on));
@@ -783,14 +805,14 @@ struct HeldRows {
         if (group.keeps_list())
 #pragma unroll 1
           for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
-            if (kKind == Kind::Lanes && whole.near)
+            if (kKind == Kind::Lanes)
               access.put(near[at].entry.c(), gradient_of(near[at].student, near[at].teacher));
             else
               access.put(list[at].c(), list[at].number());
           }
       }
     }
-    if (kKind == Kind::Lanes && whole.fix) group.sync();  // the next row's logits take the list's place
+    if (kKind == Kind::Lanes && (whole.fix || pass.rotated)) group.sync();  // the next row's take the place
   }
 };
 

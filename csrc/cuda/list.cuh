@@ -21,6 +21,7 @@ struct Entry<float> {
   SORTKD_DEVICE float value() const { return __uint_as_float(key() >> 31 ? key() : ~key() & 0x7fffffffu); }
   SORTKD_DEVICE int c() const { return static_cast<int>(word); }
   SORTKD_DEVICE bool before(const Entry& other) const { return word < other.word; }
+  static SORTKD_DEVICE Entry none() { return {~uint64_t{0}}; }  // behind all others
   // The class with another number in the value's place, as it is.
   SORTKD_DEVICE Entry with(float number) const {
     return {static_cast<uint64_t>(__float_as_uint(number)) << 32 | static_cast<uint32_t>(word)};
@@ -163,6 +164,7 @@ struct ListPlaces {
   int near;         // bytes from the start of shared memory, of rows that are held: of the lists with few entries
   char* in_device;  // for each block two lists of so many entries, in a launch whose lists may be long; else null
   int long_room;    // entries of two lists in shared memory, in such a launch
+  float* moved;     // and for each of its blocks, by class, the corrected logits of those on its list
 };
 
 template <typename T, Kind kind, bool kMayBeInDevice>

@@ -117,7 +117,7 @@ Mode mode_of(const LossArgs& args) {
 
 // Gives shared memory its parts, behind what reductions take. `width`: classes of a vector where rows come through it.
 template <typename T>
-Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int room, char* in_device, Params<T>& p) {
+Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int room, char* in_device, Lists lists, Params<T>& p) {
   const int threads = shape.threads;
   int bytes = partial_bytes(shape.kind, shape.threads, shape.cluster, value_bytes(shape.kind, mode));
   const auto take = [&](int count) {
@@ -125,24 +125,26 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
     bytes += (count + 15) / 16 * 16;
     return place;
   };
-  const bool shares = width && shape.kind == Kind::Lanes;  // the list with its row
-  p.list.room = shares ? shape.lanes * shape.held * width : room;
+  const bool near = width && shape.kind == Kind::Lanes;  // no other list
+  p.list.room = near ? 0 : room;
   p.list.in_device = in_device;
   p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
   p.list.notes = take(kNoteBytes);
-  const int near = shares ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
-  p.list.near = take(width ? near * kNearBytes : 0);
-  p.list.entries = shares ? p.stage : take(in_device ? 0 : shape.rows * room * static_cast<int>(sizeof(Entry<T>)));
-  p.list.histogram = take(in_device ? histogram_bytes(shape.threads) : 0);
+  const int near_entries = near ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
+  p.list.near = take(width ? near_entries * kNearBytes : 0);
+  p.list.entries = take(in_device ? 0 : shape.rows * p.list.room * static_cast<int>(sizeof(Entry<T>)));
+  const bool by_value = lists == Lists::ByValue;
+  p.list.histogram = take(by_value ? kTableBytes : in_device ? histogram_bytes(shape.threads) : 0);
   p.merging = take(static_cast<int>(sizeof(int)) * (threads / 32 + 1));
   p.totals = take(shape.rows * static_cast<int>(sizeof(Totals)));
   const bool gathers = width && p.grad_temperature;  // rows whose temperature's gradient is pending: as held.cuh has them
   p.pending = take(gathers ? (shape.kind == Kind::Lanes ? threads : 32) * kPendingBytes : 0);
   p.list.present = take(p.teacher_indices ? (p.C + 31) / 32 * 4 : 0);
   if (in_device) {
-    p.list.long_room = choose_long_room(room, bytes, sizeof(Entry<T>), device());
-    p.list.entries = take(2 * p.list.long_room * static_cast<int>(sizeof(Entry<T>)));
+    const int entry_bytes = by_value ? kPlaceBytes : 2 * static_cast<int>(sizeof(Entry<T>));
+    p.list.long_room = choose_long_room(room, bytes, entry_bytes, device());
+    p.list.entries = take(p.list.long_room * entry_bytes);
   }
   return {blocks, shape.threads, shape.cluster, bytes, device().overlaps};
 }
@@ -151,6 +153,7 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
 template <typename T>
 struct Plan {
   Mode mode;
+  Lists rest_lists;
   bool vectors, aligned, overflows;
   Shape shape, rest;
   int counters, blocks, rest_blocks, long_blocks, room;
@@ -159,6 +162,7 @@ struct Plan {
   Totals* partials;
   int32_t* overflow;
   char *entries, *rest_entries;
+  float* moved;
   size_t bytes;
 
   Plan(const LossArgs& args, void* scratch) {
@@ -178,8 +182,8 @@ struct Plan {
       Params<T> p{args};
       p.grad_temperature = static_cast<T*>(args.grad_temperature);
       const int list = static_cast<int>(std::min(most_listed, most_room));
-      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, list, nullptr, p).shared_bytes;
-      if (shape.bytes > d.shared_bytes) shape = read_twice(row, as);
+      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, list, nullptr, Lists::Short, p).shared_bytes;
+      if (shape.bytes > d.shared_bytes) shape = read_twice(row, most_threads(Kind::Block, as));
     };
     if (vectors) hold(16 / bytes_s, aligned, mode);
     if (mode == Mode::KdCeAny && !(vectors && shape.held > 0)) {
@@ -197,8 +201,15 @@ struct Plan {
       if (mode != Mode::General && !args.teacher_indices) hold(4, true, Mode::General);
       if (shape.held == 0 || shape.kind == Kind::Block) shape = choose_mixed(C);
     }
-    const int64_t list_bytes = 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
-    const int64_t most_lists = std::max<int64_t>(1, kListBytes / list_bytes);  // blocks with lists in device memory
+    rest_lists = vectors && bytes_t == 2 ? Lists::ByValue : Lists::Long;
+    const bool by_value = rest_lists == Lists::ByValue;
+    // Of a block, of its lists or table of values in device memory, and of the logits that have moved.
+    const int64_t list_bytes = by_value ? kPlaceBytes * std::min<int64_t>(most_listed, kHalves)
+                                        : 2 * most_listed * static_cast<int64_t>(sizeof(Entry<T>));
+    const int64_t moved_bytes = by_value ? 0 : C * static_cast<int64_t>(sizeof(float));
+    const auto blocks_in = [](int64_t bytes, int64_t each, int most) {
+      return static_cast<int>(std::clamp<int64_t>(bytes / each, 1, most));
+    };
     blocks = choose_blocks(shape, vectors ? mode : Mode::General, rows, C * (bytes_s + bytes_t), d);
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
     if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape, mode));
@@ -210,13 +221,17 @@ struct Plan {
       if (args.teacher_indices || args.acc_double()) {
         in_device = true;
         mode = Mode::General;  // whose lists may lie there
-        blocks = static_cast<int>(std::min<int64_t>(blocks, most_lists));
+        blocks = blocks_in(kListBytes, list_bytes, blocks);
       } else {
         overflows = true;
         room = static_cast<int>(most_room);
-        rest = choose_mixed(C);
+        rest = by_value ? choose_by_value(C) : choose_mixed(C);
         rest_blocks = std::min(choose_blocks(rest, Mode::General, rows, C * (bytes_s + bytes_t), d), d.processors);
-        long_blocks = overrides.long_room ? 1 : static_cast<int>(std::min<int64_t>(rest_blocks, most_lists));
+        // How many values a row has is not known before it is read: each block has device memory for them.
+        rest_blocks =
+            by_value ? blocks_in(kListBytes, list_bytes, rest_blocks) : blocks_in(kListBytes / 2, moved_bytes, rest_blocks);
+        long_blocks = by_value ? rest_blocks : blocks_in(kListBytes - rest_blocks * moved_bytes, list_bytes, rest_blocks);
+        if (overrides.long_room && !by_value) long_blocks = 1;
       }
     }
 
@@ -229,6 +244,7 @@ struct Plan {
     overflow = pieces.take<int32_t>(overflows ? rows : 0);
     entries = pieces.take<char>(in_device ? blocks * list_bytes : 0);
     rest_entries = pieces.take<char>(long_blocks * list_bytes);
+    moved = pieces.take<float>(overflows && !by_value ? rest_blocks * C : 0);
     if (!in_device) entries = nullptr;
     if (!overflows) overflow = nullptr;
     bytes = pieces.used;
@@ -291,7 +307,7 @@ unsigned long long fresh_nonce() {
 template <typename T>
 cudaError_t launch(const Plan<T>& plan, const LossArgs& args, const Shape& shape, Mode mode, const Launch& launch,
                    const Params<T>& p, cudaStream_t stream) {
-  assert(launch.threads <= most_threads(shape.kind, mode));
+  assert(launch.threads <= (p.long_blocks && plan.rest_lists == Lists::ByValue ? kTableBlock : most_threads(shape.kind, mode)));
   if constexpr (std::is_same_v<T, float>) {
     if (plan.vectors) {
       Params<T> q = p;
@@ -329,7 +345,8 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.step = p.groups * shape.rows;
   p.tiles = (p.rows + shape.rows - 1) / shape.rows;
   p.overflow = plan.overflow;
-  const Launch on_rows = place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, p);
+  const Launch on_rows =
+      place_lists(shape, plan.mode, plan.staged_width(args), plan.blocks, plan.room, plan.entries, Lists::Short, p);
   const cudaError_t error = launch(plan, args, shape, plan.mode, on_rows, p, stream);
   if (error != cudaSuccess || !plan.overflows) return error;
   p.partials_before = p.groups;
@@ -337,9 +354,11 @@ cudaError_t run(const LossArgs& args, void* scratch, cudaStream_t stream) {
   p.cluster = 1;
   p.groups = plan.rest_blocks;
   p.long_blocks = plan.long_blocks;
+  p.list.moved = plan.moved;
   p.power = 0;
   const int room = static_cast<int>(std::max<int64_t>(args.layout.C - 1, 1));
-  const Launch on_rest = place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, p);
+  const Launch on_rest =
+      place_lists(plan.rest, Mode::General, 0, plan.rest_blocks, room, plan.rest_entries, plan.rest_lists, p);
   return launch(plan, args, plan.rest, Mode::General, on_rest, p, stream);
 }
 

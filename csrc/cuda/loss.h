@@ -9,8 +9,9 @@ namespace sortkd {
 namespace cuda {
 
 // Which classes a row's list has: those above its label, in shared memory (of doubles also in device memory); the same of
-// rows that have too many for that, the only ones of a launch of their own, in either; or the k of a top-k teacher, too.
-enum class Lists { Short, Long, TopK };
+// rows that have too many for that, the only ones of a launch of their own, in either; of such rows of halves none, for
+// which there is a table of their values; or the k of a top-k teacher, too.
+enum class Lists { Short, Long, ByValue, TopK };
 
 // A block's sums over the rows that it works on in turn, in shared memory, as registers are short; and in device memory.
 struct Totals {
@@ -75,11 +76,10 @@ constexpr int value_bytes(Kind kind, Mode mode) { return kind == Kind::Columns &
 // A call's ticket: its number, and in so many bits the blocks that have ended.
 constexpr int kTicketBits = 24;
 
-// Shared memory for the vectors of a warp that holds its rows. A row of lanes has its list, of as many entries as it may
-// have classes, in the same place.
+// Shared memory for the vectors of a warp that holds its rows, of lanes with room for a float of each class beside the
+// teacher's logits.
 constexpr int stage_bytes(Kind kind, int held, int width) {
-  const int logits = 2 * 16, entries = kind == Kind::Lanes ? 8 * width : 0;
-  return 32 * held * (logits > entries ? logits : entries);
+  return 32 * held * (2 * 16 + (kind == Kind::Lanes && width > 4 ? 4 * width : 0));
 }
 
 // f(a value of the type).

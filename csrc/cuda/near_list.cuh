@@ -33,7 +33,7 @@ class NearList {
   // Gives an entry of n its corrected logit. Returns how many come before it.
   SORTKD_DEVICE int correct(int at, int n, Correction correction, float teacher_label) const {
     const Entry<float> own = entries[at].entry;
-    Entry<float> next{~uint64_t{0}};
+    auto next = Entry<float>::none();
     int before = 0;
 #pragma unroll 1
     for (int i = 0; i < n; ++i) {

@@ -13,6 +13,7 @@
 #include "general.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "value_table.cuh"
 
 namespace sortkd {
 namespace cuda {
@@ -21,7 +22,8 @@ template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
 struct Row {
   using T = typename A::T;
   static constexpr int W = A::W;
-  static constexpr bool kGeneral = kMode == Mode::General, kTopK = kLists == Lists::TopK, kLong = kLists == Lists::Long;
+  static constexpr bool kGeneral = kMode == Mode::General, kTopK = kLists == Lists::TopK, kLong = kLists == Lists::Long,
+                        kByValue = kLists == Lists::ByValue, kMoves = kLong || kByValue;
   using S = std::conditional_t<kGeneral, double, T>;
   static constexpr int kSums = kGeneral ? kGeneralSums : kMode == Mode::KdCe ? 4 : 3;
   static constexpr T kLowest = -kInfinity<T>;
@@ -31,23 +33,31 @@ struct Row {
   Group<kKind>& group;
   List<T, kKind, kLong || (kIsMixed<A> && (kTopK || std::is_same_v<T, double>))> list;
 
+  ValueTable<typename LogitOf<A>::Type> table;  // where lists are by value
+
   A access;
   bool here, counts;
   int y, label_vector, live;  // live: vectors to read
-  T student_label, teacher_label;
+  T student_label, teacher_label, threshold;
   int listed, above;  // entries on the list, and those of them above the label
   Exponent<T, kMode> of_student, of_teacher;
   T ce_reference;
 
-  // `expected`: the most entries of its list, in a launch whose lists may be long.
+  // `expected`: of a launch whose lists may be long the most entries of this row's, and of that for long lists as many.
   SORTKD_DEVICE Row(const Params<T>& p, Group<kKind>& group, int64_t row, bool here, int expected)
-      : p(p), group(group), list(p.list, group, expected), access(p, here ? row : 0), here(here) {}
+      : p(p),
+        group(group),
+        list(p.list, group, expected),
+        table(p.list),
+        access(p, here ? row : 0),
+        here(here),
+        above(expected) {}
 
   SORTKD_DEVICE int class_of(int g, int i) const { return g * W + i - access.head; }
 
   // Vectors of a thread that are under way at a time. The general kernel has registers for half as many, with long lists
   // for one.
-  static constexpr int kRaw = kHeld > 0 ? kHeld : kLong ? 1 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
+  static constexpr int kRaw = kHeld > 0 ? kHeld : kMoves ? 1 : kGeneral ? (A::kAhead + 1) / 2 : A::kAhead;
   // f(g, j): vector g of the thread, in raw_s[j] and raw_t[j]; then(first) after every kRaw of them.
   template <typename R, typename Q, typename F, typename G>
   SORTKD_DEVICE void each(int end, R* raw_s, Q* raw_t, F&& f, G&& then) const {
@@ -89,6 +99,46 @@ struct Row {
   SORTKD_DEVICE void set_present(int c) const { atomicOr(present() + c / 32, 1u << (c % 32)); }
   // Numbers that one thread of a block has for all.
   SORTKD_DEVICE T* notes() const { return reinterpret_cast<T*>(shared_memory() + p.list.notes); }
+
+  // Of rows with many classes above the label, these take their corrected logits as they are read; others put them on a list.
+  SORTKD_DEVICE T corrected(T t, int c) const {
+    if constexpr (kByValue)
+      if (t > threshold) return table.corrected(t, c);
+    if constexpr (kLong)
+      if (t > threshold && in_row(c)) return moved()[c];
+    return t;
+  }
+  SORTKD_DEVICE float* moved() const { return p.list.moved + static_cast<int64_t>(blockIdx.x) * p.C; }
+  // Returns the label's.
+  SORTKD_DEVICE T move_classes() {
+    if constexpr (kByValue) {
+      table.build(group, p.config.correction, teacher_label, [&](auto&& f) { each_above(f); });
+      return table.top;
+    } else {
+      list.collect(group, counts ? p.C : 0, threshold, [&](int c) { return access.teacher(c); });
+      list.put_in_order(above, true);
+#pragma unroll 1
+      for (int at = group.list_member(); at < above; at += group.list_size())
+        moved()[list[at].c()] = list.corrected(at, p.config.correction, above, teacher_label);
+      __syncthreads();
+      return list[0].value();
+    }
+  }
+  // f(t, c) for each class above the label, of a row of vectors: the next one on its way.
+  template <typename F>
+  SORTKD_DEVICE void each_above(F&& f) const {
+    const auto load = [&](int g) { return *access.teacher4(min(g, access.count - 1)); };
+    uint4 next = load(group.member);
+#pragma unroll 1
+    for (int g = group.member; g < live; g += group.size) {
+      T t[W];
+      unpack<typename LogitOf<A>::Type>(next, t);
+      next = load(g + group.size);
+#pragma unroll
+      for (int i = 0; i < W; ++i)
+        if (t[i] > threshold && in_row(class_of(g, i))) f(t[i], class_of(g, i));
+    }
+  }
 
   SORTKD_DEVICE T corrected_label(T top) const {
     return above > 0 && p.config.correction != Correction::None ? top : teacher_label;
@@ -228,7 +278,7 @@ struct Row {
     // All loads are under way before the first is waited for. What is not of the row is read, too.
     typename A::Raw raw_s[kRaw];
     typename A::RawTeacher raw_t[kRaw];
-    T threshold, temperature = p.temperature_value, inverse = p.inverse_temperature, top;
+    T temperature = p.temperature_value, inverse = p.inverse_temperature, top;
     MeanStd<T> statistics_s{}, statistics_t{};
     Sums<S, kSums> sums;
     bool to_maxima, need, centred = !p.moments;
@@ -239,13 +289,15 @@ struct Row {
       live = counts ? access.count : 0;
       label_vector = static_cast<int>(static_cast<unsigned>(y + access.head) / W);
       student_label = counts ? access.student(y) : T(0);
-      listed = above = 0;
+      listed = 0;
+      if constexpr (!kMoves) above = 0;
       if constexpr (kTopK)
         list_top_k(row);
       else
         teacher_label = counts ? access.teacher(y) : T(0);
       threshold = teacher_label + p.over_label;
-      if constexpr (kLong) list.collect(group, counts ? p.C : 0, threshold, [&](int c) { return access.teacher(c); });
+      top = teacher_label;
+      if constexpr (kMoves) top = move_classes();
 
       of_student.scale = of_teacher.scale = inverse * kBits;
       if constexpr (kGeneral) {
@@ -273,7 +325,6 @@ struct Row {
 
       const bool finite = fabs(student_label) < kInfinity<T> && fabs(teacher_label) < kInfinity<T>;
       need = to_maxima = counts && !finite;
-      top = teacher_label;
     };
     for (bool first = true;; first = false) {
       if (kHeld > 0 && first) {
@@ -304,7 +355,7 @@ struct Row {
         T largest = tv[0];
 #pragma unroll
         for (int i = 1; i < W; ++i) largest = max(largest, tv[i]);
-        if constexpr (W == 1 && !kTopK) {  // with no branch
+        if constexpr (W == 1 && !kTopK && !kMoves) {  // with no branch
           const bool other = g < live && g != label_vector, high = other && largest > threshold;
           *sv = other ? *sv : kLowest;
           *tv = other && !high ? *tv : kLowest;
@@ -314,7 +365,7 @@ struct Row {
           for (int i = 0; i < W; ++i) {
             const bool other = is_other(class_of(g, i)), high = !kTopK && other && tv[i] > threshold;
             sv[i] = other ? sv[i] : kLowest;
-            tv[i] = other && !high ? tv[i] : kLowest;
+            tv[i] = !other || (high && !kMoves) ? kLowest : corrected(tv[i], class_of(g, i));
             higher |= high ? 1u << (j * W + i) : 0;
           }
         }
@@ -343,7 +394,7 @@ struct Row {
         }
       };
       each(live, raw_s, raw_t, add, then);
-      if constexpr (!kTopK) {
+      if constexpr (!kTopK && !kMoves) {
         if constexpr (kHeld > 0) list_classes(group.member, higher);
         group.sync();
         listed = above = *list.count();
@@ -354,7 +405,7 @@ struct Row {
         }
       }
       if (group.any(listed > 0)) {
-        if (!kTopK) list.put_in_order(listed, kLong);  // also where none moves: the order of sums is fixed
+        if (!kTopK) list.put_in_order(listed);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
         for (int at = group.list_member(); at < listed; at += group.list_size()) {
           const T u = of_student(access.student(list[at].c())),
@@ -439,7 +490,9 @@ struct Row {
       access.unpacked(raw_s[j], raw_t[j], sv, tv);
 #pragma unroll
       for (int i = 0; i < W; ++i)
-        grads[i] = counts ? gradient(power_of_two(of_student(sv[i])), power_of_two(of_teacher(tv[i])), sv[i]) : T(0);
+        grads[i] = counts ? gradient(power_of_two(of_student(sv[i])),
+                                     power_of_two(of_teacher(corrected(tv[i], class_of(g, i)))), sv[i])
+                          : T(0);
       if (g < end && (W == 1 || access.inner(g))) access.store(g, grads);
     };
     each(access.count, raw_s, raw_t, write, [](int) {});
@@ -448,7 +501,8 @@ struct Row {
                 [&](int c) {
                   if (!counts) return T(0);
                   const T logit = access.student(c);
-                  return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(access.teacher(c))), logit);
+                  return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(corrected(access.teacher(c), c))),
+                                  logit);
                 });
     // By the thread that has written the label's vector, so after it.
     if (counts && group.has(label_vector)) access.put(y, on.at_label);
@@ -478,12 +532,12 @@ constexpr int least_blocks(Kind kind, Mode mode) {
 }
 
 template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
-__global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind, kMode))
-    sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
+__global__ void __launch_bounds__(kLists == Lists::ByValue ? kTableBlock : most_threads(kKind, kMode),
+                                  least_blocks(kKind, kMode)) sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
   using T = typename A::T;
-  constexpr bool kLong = kLists == Lists::Long;
-  if (kLong || !p.counts) wait_for_launch_before();  // or the launch that counts has waited
-  if (kLong && *static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
+  constexpr bool kByValue = kLists == Lists::ByValue, kRest = kLists == Lists::Long || kByValue;
+  if (kRest || !p.counts) wait_for_launch_before();  // or the launch that counts has waited
+  if (kRest && *static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
   Group<kKind> group(p.log_lanes, 1, value_bytes(kKind, kMode));
   Ticket<T>(p).open();
   const int threads = static_cast<int>(blockDim.x);
@@ -493,19 +547,19 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
   rows_that_count.count();
   const T count = p.mean ? static_cast<T>(rows_that_count.of_all()) : T(1);
   // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
-  // shared memory, then, in blocks that have device memory, for the others.
-  const int chunk = kLong ? threads : 1, thread = static_cast<int>(threadIdx.x);
+  // shared memory, then, in blocks that have device memory, for the others. By value, each block has that.
+  const int chunk = kRest ? threads : 1, thread = static_cast<int>(threadIdx.x);
   unsigned* const marks = reinterpret_cast<unsigned*>(shared_memory() + p.merging);
 #pragma unroll 1
-  for (int pass = 0; pass < (kLong ? 2 : 1); ++pass) {
+  for (int pass = 0; pass < (kLists == Lists::Long ? 2 : 1); ++pass) {
     const int64_t step = pass == 0 ? p.groups : p.long_blocks;
     if (pass == 1 && group.index() >= step) break;
 #pragma unroll 1
     for (int64_t first = group.index(); first < p.tiles; first += step * chunk) {
-      if (kLong) {
+      if (kRest) {
         const int64_t mine = first + step * thread;
         const int entries = mine < p.rows ? p.overflow[mine] : 0;
-        const bool marked = entries > 0 && (entries > p.list.long_room) == (pass == 1);
+        const bool marked = entries > 0 && (kByValue || (entries > p.list.long_room) == (pass == 1));
         const unsigned votes = __ballot_sync(kFullMask, marked);
         if (!__syncthreads_or(marked)) continue;
         if (lane_id() == 0) marks[thread / 32] = votes;
@@ -513,10 +567,10 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), least_blocks(kKind
       }
 #pragma unroll 1
       for (int i = 0; i < chunk; ++i) {
-        if (kLong && !(marks[i / 32] >> (i % 32) & 1)) continue;
+        if (kRest && !(marks[i / 32] >> (i % 32) & 1)) continue;
         const int64_t row = (first + step * i) * rows + group.slot;
-        if (kKind == Kind::Block && p.overflow && !kLong && group.member == 0) p.overflow[row] = 0;
-        const int expected = kLists == Lists::TopK ? p.k + 1 : kLong ? p.overflow[row] : p.C - 1;
+        if (kKind == Kind::Block && p.overflow && !kRest && group.member == 0) p.overflow[row] = 0;
+        const int expected = kLists == Lists::TopK ? p.k + 1 : kRest ? p.overflow[row] : p.C - 1;
         Row<A, kKind, kHeld, kMode, kLists> loss(p, group, row, row < p.rows, expected);
         loss.run(row, count);
       }

@@ -152,7 +152,7 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
     p.list.in_device = plan.entries;
     p.list.room = static_cast<int>(args.C - 1);
     p.list.entries = 16 + histogram_bytes(threads);
-    p.list.long_room = choose_long_room(p.list.room, p.list.entries, sizeof(Entry<Acc<X>>), device());
+    p.list.long_room = choose_long_room(p.list.room, p.list.entries, 2 * sizeof(Entry<Acc<X>>), device());
     const size_t shared_bytes = p.list.entries + 2 * p.list.long_room * sizeof(Entry<Acc<X>>);
     if (const cudaError_t error = grant(sort_kd_logits<X>, shared_bytes); error != cudaSuccess) return error;
     launch(plan.overflow_blocks, shared_bytes);
