@@ -131,7 +131,7 @@ def test_cuda_kernels(cuda_kernels, limits):
 def test_rows_that_are_read_twice_leave_room_for_warps(cuda_kernels):
     """Of two dtypes, or beside a top-k teacher: at 112 registers a processor has 18 warps to wait for memory."""
     found = [k for k in cuda_kernels if re.search("sort_kd_rowsI.*WholeVectorsI.*KindE1", k.name)]
-    assert len(found) == 10
+    assert len(found) == 14
     for kernel in found:
         assert kernel.registers <= 112, kernel.name
         assert any(x.opcode.startswith("LDG") and x.wide for x in kernel.code), kernel.name

@@ -131,8 +131,11 @@ struct WholeVectors {
   using T = float;
   static constexpr bool kTopK = std::is_void_v<Y>;
   static constexpr int W = kTopK ? kWidth<X> : 4, head = 0, kAhead = kWholeVectorsAhead;
-  using Raw = std::conditional_t<sizeof(X) * W == 16, uint4, uint2>;
-  using RawTeacher = uint4;  // of floats
+  template <typename Z>
+  using RawOf = std::conditional_t<sizeof(Z) * W == 16, uint4, uint2>;
+  using Teacher = std::conditional_t<kTopK, X, Y>;
+  using Raw = RawOf<X>;
+  using RawTeacher = RawOf<Teacher>;
   const Params<T>& p;
   int64_t first;  // vector
   T absent;
@@ -152,7 +155,7 @@ struct WholeVectors {
   SORTKD_DEVICE void unpacked(const Raw& s, const RawTeacher& t, T* x, T* y) const {
     unpack<X>(s, x);
     if constexpr (!kTopK) {
-      unpack<Y>(t, y);
+      unpack<Teacher>(t, y);
     } else {
 #pragma unroll
       for (int i = 0; i < W; ++i) y[i] = absent;
@@ -163,7 +166,7 @@ struct WholeVectors {
     if constexpr (kTopK)
       return absent;
     else
-      return reinterpret_cast<const Y*>(teachers())[c];
+      return widened(reinterpret_cast<const Teacher*>(teachers())[c]);
   }
   SORTKD_DEVICE void store(int g, const T* grad) const {
     if constexpr (sizeof(Raw) == 16) {

@@ -99,12 +99,13 @@ bool has_vectors(const LossArgs& args) {
 
 // Whole vectors (access.cuh) of rows that has_vectors() does not take.
 bool has_whole_vectors(const LossArgs& args) {
-  const int bytes = bytes_of(args.student_dtype), W = args.teacher_indices ? 16 / bytes : 4;
-  const bool two_dtypes = bytes == 2 && args.teacher_dtype == Dtype::Float;
+  const int bytes = bytes_of(args.student_dtype), bytes_t = bytes_of(args.teacher_dtype);
+  const int W = args.teacher_indices ? 16 / bytes : 4;
+  const bool two_dtypes = bytes != bytes_t;  // one of floats
   return args.layout.inner == 1 && !args.acc_double() && args.layout.C % W == 0 && (args.teacher_indices || two_dtypes) &&
          reinterpret_cast<uintptr_t>(args.student) % (W * bytes) == 0 &&
          reinterpret_cast<uintptr_t>(args.grad_student) % (W * bytes) == 0 &&
-         (args.teacher_indices || past_vector(args.teacher) == 0);
+         (args.teacher_indices || reinterpret_cast<uintptr_t>(args.teacher) % (W * bytes_t) == 0);
 }
 
 Mode mode_of(const LossArgs& args) {

@@ -16,8 +16,8 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
       return run(kd_rows<Strided<decltype(x)>, Kind::Columns, kValuesHeld, Lists::Short>(mode));
     };
     const auto top_k = [&](auto x) { return run(kd_rows<WholeVectors<decltype(x), void>, Kind::Block, 0, Lists::TopK>(mode)); };
-    const auto two_dtypes = [&](auto x) {
-      using V = WholeVectors<decltype(x), float>;
+    const auto two_dtypes = [&](auto x, auto y) {
+      using V = WholeVectors<decltype(x), decltype(y)>;
       if (shape.kind == Kind::Lanes) return run(kd_rows<V, Kind::Lanes, kValuesHeld / V::W, Lists::Short>(mode));
       return run(kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
     };
@@ -26,7 +26,11 @@ cudaError_t launch_mixed(const Shape& shape, Mode mode, const Launch& launch, co
       return run(sort_kd_rows<Mixed<T, false>, Kind::Columns, 0, Mode::General, Lists::Short>);
     if (shape.kind == Kind::Columns) return with_student(strided);
     if (mode != Mode::General && p.teacher_indices) return with_student(top_k);
-    if (mode != Mode::General) return p.student_dtype == Dtype::Half ? two_dtypes(Half{}) : two_dtypes(BFloat16{});
+    if (mode != Mode::General) {
+      if (p.student_dtype == Dtype::Half) return two_dtypes(Half{}, float{});
+      if (p.student_dtype == Dtype::BFloat16) return two_dtypes(BFloat16{}, float{});
+      return p.teacher_dtype == Dtype::Half ? two_dtypes(float{}, Half{}) : two_dtypes(float{}, BFloat16{});
+    }
   }
   return run(p.teacher_indices ? sort_kd_rows<Mixed<T, true>, Kind::Block, 0, Mode::General, Lists::TopK>
                                : sort_kd_rows<Mixed<T, false>, Kind::Block, 0, Mode::General, Lists::Short>);
