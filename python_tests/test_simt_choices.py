@@ -132,6 +132,15 @@ def test_dtypes(backend, simt, choice, dtypes):
         assert_matches(cases.Result(*got), want)
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)], ids=cases.dtype_id)
+def test_ranks_beyond_a_list(backend, simt, dtypes):
+    """As the kernels choose, in a launch of their own: of halves by a table of their values, with many ties."""
+    for shape, name in ((Shape(6, 4099, "edges"), "T4-ce-rows"), (Shape(6, 30008, "whole vectors"), "row-T-swap-rows")):
+        want = expected(shape, name, dtypes)
+        assert want.truth.rank.max() > 2048
+        assert_matches(cases.Result(*in_every_order(simt, lambda want=want: run(want, backend))), want)
+
+
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (F64, F64)], ids=cases.dtype_id)
 def test_classes_in_the_middle(backend, simt, choice, dtypes):
     """Logits [3, C, 5]: classes five apart, neighbouring rows next to each other."""

@@ -277,10 +277,13 @@ struct HeldRows {
       pass.student_label = widened(coming.student), pass.teacher_label = widened(coming.teacher);
     }
     if (!counts) pass.student_label = pass.teacher_label = 0;
-    const float temperature = kGeneral ? coming.temperature : 1.0f;  // before the next row's comes
+    // Before the next row's comes; a row that does not count may have anything, also as its logits.
+    const float temperature = kGeneral && counts ? coming.temperature : 1.0f;
     WarpMoments moments;
-    if constexpr (kGeneral)
+    if constexpr (kGeneral) {
       if (p.config.standardize) moments = moments_of_warp(pass);
+      if (!counts) moments = {};
+    }
 
     // What is not of the row, nor is another class than the label.
     const int whole = counts ? access.whole() : 0;
@@ -653,16 +656,19 @@ struct HeldRows {
     else
       return terms.at_label;
   }
-  // The gradient at a class, from what pass.s and pass.t have of it.
-  SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms) const {
+  // The gradient at a class, from what pass.s and pass.t have of it; kWithCe: in the general mode, where there may be a
+  // cross-entropy.
+  template <bool kWithCe = true>
+  SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms, bool counts) const {
     if constexpr (kGeneral) {
       const Coefficients<float>& on = terms.on;
+      const bool standardized = p.config.standardize && counts;  // of a row that does not count the exponents are infinite
       const CeExponent exponent(scaled);
       const float about = scaled.of_student.reference - scaled.student.mean, unit = 1 / scaled.of_student.scale;
       return [=, &p = p](float u, float v) {
         float g = fmaf(power_of_two(u), on.on_student, -(power_of_two(v) * on.on_teacher));
-        if (p.with_ce) g = fmaf(power_of_two(exponent(u)), on.on_ce, g);
-        return p.config.standardize ? fmaf(fmaf(u, unit, about), -on.dstd, g) : g;
+        if (kWithCe && p.with_ce) g = fmaf(power_of_two(exponent(u)), on.on_ce, g);
+        return standardized ? fmaf(fmaf(u, unit, about), -on.dstd, g) : g;
       };
     } else {
       // Of the exponential's first, second and fourth power.
@@ -759,7 +765,7 @@ struct HeldRows {
     }
     if (p.grad) {
       // Of what pass.s and pass.t have.
-      const auto gradient = gradient_by(whole.scaled, on);
+      const auto gradient = gradient_by(whole.scaled, on, counts);
       const auto gradient_of = [&](float a, float b) {
         const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
         return gradient(kAny || kGeneral ? u : power_of_two(u), kGeneral ? v : power_of_two(v));
@@ -774,15 +780,19 @@ struct HeldRows {
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
       uint4* const to = compiler_barrier(access.grad4(first_vector));
+      const auto write = [&](const auto& gradient) {
 #pragma unroll
-      for (int j = 0; j < kHeld; ++j) {
-        float grads[W];
+        for (int j = 0; j < kHeld; ++j) {
+          float grads[W];
 #pragma unroll
-        for (int i = 0; i < W; ++i) grads[i] = gradient(pass.s[j * W + i], pass.t[j * W + i]);
-        if (kGeneral && !counts)  // the exponents are infinite
-          for (float& grad : grads) grad = 0;
-        store_if(stride() * j < end && (j > 0 || first_vector >= access.begin()), to + stride() * j, pack<X>(grads));
-      }
+          for (int i = 0; i < W; ++i) grads[i] = gradient(pass.s[j * W + i], pass.t[j * W + i]);
+          store_if(stride() * j < end && (j > 0 || first_vector >= access.begin()), to + stride() * j, pack<X>(grads));
+        }
+      };
+      if (!kGeneral || p.with_ce)
+        write(gradient);
+      else
+        write(gradient_by<false>(whole.scaled, on, counts));
       if (here(row) && (by_class || !p.aligned))
         put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
           if (kKind == Kind::Block && whole.near)

@@ -80,6 +80,7 @@ SORTKD_DEVICE void rotate_top(const Group<Kind::Lanes>& group, Correction correc
     for (; bits; bits &= bits - 1) f(__ffs(static_cast<int>(bits)) - 1);
   };
   float top = label;
+  __syncwarp();  // `values` may lie where other lanes have loaded the student's logits from
   if (correction == Correction::Sort) {
     each(higher, [&](int n) { values[place_of(before++)] = widened(logit(n)); });
     sort_values(values, n_above, group);
