@@ -92,9 +92,9 @@ constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes =
 // A row whose temperature's gradient is pending.
 constexpr int kPendingBytes = 80;
 
-// Device memory of that launch, at most half of it for the logits that have moved, a row of them a block; else for the lists
-// that are too long for a block's shared memory, which has room for 14,000 entries where it has 227 KiB. Of halves only for
-// more values than 26,000 of all that there are (value_table.cuh).
+// Device memory of that launch. Of floats at most half of it holds the corrected logits of each block's row, by class; the rest
+// is for lists that are too long for a block's shared memory, which has room for 14,000 entries where it has 227 KiB. Of
+// halves it is for rows of more than 26,000 different values, for which that has room (value_table.cuh).
 constexpr int64_t kListBytes = 64 << 20;
 constexpr int kHalves = 1 << 16, kPlaceBytes = 8, kTableBytes = kHalves / 32 * 8;
 

@@ -4,6 +4,8 @@
 // A pass is plain KD. The label's slot counts as -infinity in it, and so does each class above the label, which is put
 // on a list instead; trained teachers have few. The list's classes join the sums with their corrected values, and their
 // gradients, as the label's, go over the row's. So nothing is subtracted from a sum, and no correction slows the pass.
+// Rows with too many of them for a list have a launch of their own, in which these classes take their corrected logits as
+// they are read.
 //
 // Exponentials are relative to the label's own logits, which takes no search for maxima. Where a sum then leaves the
 // range of its type the row is done again, relative to its maxima.
@@ -32,8 +34,7 @@ struct Row {
   const Params<T>& p;
   Group<kKind>& group;
   List<T, kKind, kLong || (kIsMixed<A> && (kTopK || std::is_same_v<T, double>))> list;
-
-  ValueTable<typename LogitOf<A>::Type> table;  // where lists are by value
+  ValueTable<typename LogitOf<A>::Type> table;  // in place of the list, by value
 
   A access;
   bool here, counts;
@@ -43,7 +44,7 @@ struct Row {
   Exponent<T, kMode> of_student, of_teacher;
   T ce_reference;
 
-  // `expected`: of a launch whose lists may be long the most entries of this row's, and of that for long lists as many.
+  // `expected`: the most classes that are above the label; in the launch for long lists so many are.
   SORTKD_DEVICE Row(const Params<T>& p, Group<kKind>& group, int64_t row, bool here, int expected)
       : p(p),
         group(group),
@@ -100,7 +101,7 @@ struct Row {
   // Numbers that one thread of a block has for all.
   SORTKD_DEVICE T* notes() const { return reinterpret_cast<T*>(shared_memory() + p.list.notes); }
 
-  // Of rows with many classes above the label, these take their corrected logits as they are read; others put them on a list.
+  // The teacher's logit, which is `t` in memory, as it joins the sums: of the launch for long lists the corrected one.
   SORTKD_DEVICE T corrected(T t, int c) const {
     if constexpr (kByValue)
       if (t > threshold) return table.corrected(t, c);
@@ -109,7 +110,7 @@ struct Row {
     return t;
   }
   SORTKD_DEVICE float* moved() const { return p.list.moved + static_cast<int64_t>(blockIdx.x) * p.C; }
-  // Returns the label's.
+  // Prepares what corrected() looks up. Returns the label's corrected logit.
   SORTKD_DEVICE T move_classes() {
     if constexpr (kByValue) {
       table.build(group, p.config.correction, teacher_label, [&](auto&& f) { each_above(f); });

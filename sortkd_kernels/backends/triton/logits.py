@@ -62,7 +62,7 @@ def sort_kd_logits(
                 t_new = t_y
                 order = keys
                 if ranked > 0:
-                    order = keys + put_in_order(keys, ranked, t_row, step, capacity, LISTED, WORK)
+                    order = keys + put_in_order(keys, ranked, t_row, step, capacity, LISTED, WORK, B)
                     t_new = tl.load(t_row + (tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF) * step).to(WORK)
                 for start in range(0, C, B):
                     classes = start + tl.arange(0, B)

@@ -282,7 +282,7 @@ def sort_kd_long_rows(
                 t_new = t_y
                 order = keys
                 if ranked > 0:
-                    order = keys + put_in_order(keys, ranked, t_row, t_step, capacity, LISTED, WORK)
+                    order = keys + put_in_order(keys, ranked, t_row, t_step, capacity, LISTED, WORK, B)
                     top_class = tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF
                     t_new = tl.load(t_row + top_class * t_step).to(WORK)
                 for start in range(0, ranked, RUN):

@@ -74,10 +74,13 @@ def sort_run(keys, start, n):
 
 
 @triton.jit
-def merge_runs(source, target, n, length):
-    """Merge sorted runs of ``length`` keys pairwise from ``source`` into ``target``."""
-    for start in range(0, n, RUN):
-        k = start + tl.arange(0, RUN)
+def merge_runs(source, target, n, length, B: tl.constexpr):
+    """Merge sorted runs of ``length`` keys pairwise from ``source`` into ``target``.
+
+    B keys search at a time: each step of a search waits for memory, and several of a lane wait together.
+    """
+    for start in range(0, n, B):
+        k = start + tl.arange(0, B)
         inside = k < n
         key = tl.load(source + k, mask=inside, other=LAST)
         run = k // length
@@ -96,7 +99,7 @@ def merge_runs(source, target, n, length):
 
 
 @triton.jit
-def sort_keys(keys, at, spare, n, LISTED: tl.constexpr):
+def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, B: tl.constexpr):
     """Sort the n keys that begin at ``keys + at``; returns where they begin afterwards: there or at ``spare``."""
     tl.debug_barrier()
     if n <= COUNTED:
@@ -108,7 +111,7 @@ def sort_keys(keys, at, spare, n, LISTED: tl.constexpr):
             tl.debug_barrier()
             length = tl.full([], RUN, tl.int32)
             while length < n:
-                merge_runs(keys + at, keys + spare, n, length)
+                merge_runs(keys + at, keys + spare, n, length, B)
                 tl.debug_barrier()
                 at, spare = spare, at
                 length = length * 2
@@ -117,12 +120,13 @@ def sort_keys(keys, at, spare, n, LISTED: tl.constexpr):
 
 
 @triton.jit
-def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr):
+def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr, B: tl.constexpr):
     """Order n collected keys; returns where the keys begin whose lower halves are the classes in order.
 
-    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED.
+    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED. B: the classes
+    that the program takes at a time.
     """
-    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED)
+    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED, B)
     if tl.float64 == WORK:
         # Least significant half done. Now the upper half, with the place in the order so far in the class's stead.
         names = keys + 2 * capacity
@@ -133,7 +137,7 @@ def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK:
             tl.debug_barrier()
             tl.store(names + k, name, mask=k < n)
             tl.store(keys + at + k, ((descending(value) >> 32) << 32) | k.to(tl.int64), mask=k < n)
-        at = sort_keys(keys, at, capacity - at, n, LISTED)
+        at = sort_keys(keys, at, capacity - at, n, LISTED, B)
         for start in range(0, n, RUN):
             k = start + tl.arange(0, RUN)
             place = tl.load(keys + at + k, mask=k < n, other=0) & LOW
