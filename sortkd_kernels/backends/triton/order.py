@@ -123,8 +123,8 @@ def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, B: tl.constexpr):
 def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr, B: tl.constexpr):
     """Order n collected keys; returns where the keys begin whose lower halves are the classes in order.
 
-    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED. B: the classes
-    that the program takes at a time.
+    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED. The program
+    takes B classes at a time.
     """
     at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED, B)
     if tl.float64 == WORK:
