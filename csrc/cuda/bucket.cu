@@ -1,5 +1,5 @@
 // Tail::Bucket: a block a row, which it reads from memory twice. What is computed, and why: ../cpu/bucket.h.
-#include "loss.h"
+#include "launch.cuh"
 
 namespace sortkd {
 namespace cuda {
@@ -207,9 +207,7 @@ cudaError_t launch_bucket(const LossArgs& args, void* scratch, cudaStream_t stre
   BucketParams<T> p{args, static_cast<T*>(scratch), partial_bytes(Kind::Block, threads, 1)};
   const int words = ceil_div(args.layout.C, 32);
   const int bytes = p.present + (words + words % 2) * 4 + static_cast<int>(sizeof(BucketNotes<T>));
-  if (const cudaError_t error = grant(sort_kd_bucket<T, kStudent>, bytes); error != cudaSuccess) return error;
-  SORTKD_LAUNCH((sort_kd_bucket<T, kStudent>), blocks_of(args), threads, bytes, stream, p);
-  return cudaGetLastError();
+  return launch_kernel("sort_kd_bucket", sort_kd_bucket<T, kStudent>, {blocks_of(args), threads, 1, bytes, false}, stream, p);
 }
 
 }  // namespace

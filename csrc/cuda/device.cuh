@@ -22,14 +22,6 @@
 #define SORTKD_CLUSTER 0
 #endif
 
-#if defined(__CUDACC__)
-#define SORTKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (kernel)<<<dim3(grid), dim3(block), (shared_bytes), (stream)>>>(__VA_ARGS__)
-#else
-#define SORTKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  simt::launch(#kernel, kernel, dim3(grid), dim3(block), (shared_bytes), __VA_ARGS__)
-#endif
-
 namespace sortkd {
 namespace cuda {
 

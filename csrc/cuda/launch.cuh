@@ -1,4 +1,4 @@
-// How the kernels are launched that may begin while the launch before runs.
+// How the kernels are launched: in clusters, or beginning while the launch before runs, where they may.
 #pragma once
 
 #include "loss.h"
@@ -43,8 +43,7 @@ cudaError_t launch_kernel(const char* name, void (*kernel)(Parameters...), const
   return cudaLaunchKernelEx(&configured.config, kernel, arguments...);
 #else
   (void)stream;
-  simt::launch_clusters(name, kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes,
-                        arguments...);
+  simt::launch(name, kernel, dim3(launch.blocks), launch.cluster, dim3(launch.threads), launch.shared_bytes, arguments...);
 #endif
   return cudaGetLastError();
 }

@@ -143,21 +143,18 @@ cudaError_t sort(const SortArgs& args, void* scratch, cudaStream_t stream) {
   const SortPlan<X> plan(args, scratch);
   if (args.rows == 0) return cudaSuccess;
   const int threads = threads_of(args.C);
-  SortParams p{args, {0, 16, 16, 0, 0, plan.room, 0, nullptr, 0}, plan.overflow};
-  const auto launch = [&](int blocks, size_t shared_bytes) {
-    SORTKD_LAUNCH((sort_kd_logits<X>), blocks, threads, shared_bytes, stream, p);
+  constexpr int kEntryBytes = static_cast<int>(sizeof(Entry<Acc<X>>));
+  SortParams p{args, {.entries = 16, .histogram = 16, .room = plan.room}, plan.overflow};
+  const auto launch = [&](int blocks, int shared_bytes) {
+    return launch_kernel("sort_kd_logits", sort_kd_logits<X>, {blocks, threads, 1, shared_bytes, false}, stream, p);
   };
-  launch(plan.blocks, 16 + plan.room * sizeof(Entry<Acc<X>>));
-  if (plan.overflow_blocks) {
-    p.list.in_device = plan.entries;
-    p.list.room = static_cast<int>(args.C - 1);
-    p.list.entries = 16 + histogram_bytes(threads);
-    p.list.long_room = choose_long_room(p.list.room, p.list.entries, 2 * sizeof(Entry<Acc<X>>), device());
-    const size_t shared_bytes = p.list.entries + 2 * p.list.long_room * sizeof(Entry<Acc<X>>);
-    if (const cudaError_t error = grant(sort_kd_logits<X>, shared_bytes); error != cudaSuccess) return error;
-    launch(plan.overflow_blocks, shared_bytes);
-  }
-  return cudaGetLastError();
+  const cudaError_t error = launch(plan.blocks, 16 + plan.room * kEntryBytes);
+  if (error != cudaSuccess || !plan.overflow_blocks) return error;
+  p.list.in_device = plan.entries;
+  p.list.room = static_cast<int>(args.C - 1);
+  p.list.entries = 16 + histogram_bytes(threads);
+  p.list.long_room = choose_long_room(p.list.room, p.list.entries, 2 * kEntryBytes, device());
+  return launch(plan.overflow_blocks, p.list.entries + 2 * p.list.long_room * kEntryBytes);
 }
 
 template <typename X>

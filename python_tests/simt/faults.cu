@@ -308,8 +308,8 @@ KERNEL(copy) { out[global_thread()] = in[global_thread()]; }
 
 void run(const Launch& launch, const float* in, float* out, int n) {
   const Pair& pair = kernels.at(launch.kernel);
-  simt::launch_clusters(launch.kernel.c_str(), launch.planted ? pair.planted : pair.right, launch.blocks, launch.cluster,
-                        launch.threads, launch.shared_bytes, in, out, n);
+  simt::launch(launch.kernel.c_str(), launch.planted ? pair.planted : pair.right, launch.blocks, launch.cluster, launch.threads,
+               launch.shared_bytes, in, out, n);
 }
 
 }  // namespace simt_faults

@@ -28,15 +28,14 @@ inline void check_launch(const void* kernel, uint32_t blocks, size_t shared_byte
 
 // In clusters of so many blocks. Throws Fault. Arguments are converted and copied once, as for a GPU.
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid, uint32_t blocks, dim3 block,
-                     size_t shared_bytes, Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, uint32_t blocks, dim3 block, size_t shared_bytes,
+            Arguments&&... arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   using Copies = std::tuple<void (*)(Parameters...), std::tuple<std::remove_cv_t<Parameters>...>>;
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "CUDA passes 4 KiB of parameters");
   const Copies copies{kernel, {std::forward<Arguments>(arguments)...}};
   machine.kernel = name;
-  if (machine.kernel.starts_with('(')) machine.kernel = machine.kernel.substr(1, machine.kernel.size() - 2);
   machine.parameters = &copies;
   machine.body = [](const void* opaque) {
     const auto& [function, values] = *static_cast<const Copies*>(opaque);
@@ -57,11 +56,6 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid,
     for (uint32_t rank = 0; rank < blocks; ++rank) machine.shared[rank].begin(shared_bytes);
     scheduler.run_cluster({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
   }
-}
-
-template <typename Kernel, typename... Arguments>
-void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
-  launch_clusters(name, kernel, grid, 1, block, shared_bytes, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace simt
