@@ -1,5 +1,5 @@
-// Rows of lanes that have more classes above their label than a near list has room for: these classes take their corrected
-// logits where the row lies in shared memory, and the row goes on as one whose teacher is right.
+// The correction of rows of lanes with more classes above their label than a near list has room for: these classes get their
+// corrected logits in shared memory, where the row lies, and the row goes on as one whose teacher is right.
 #pragma once
 
 #include "list.cuh"
@@ -7,23 +7,24 @@
 namespace sortkd {
 namespace cuda {
 
-// Where value `at` of those that are sorted lies: so moved about, lanes seldom meet in a bank of shared memory, whether each
-// reads eight neighbours or neighbours are read by lanes.
+// Where value `at` of the sorted ones lies. Lanes then read from different banks of shared memory both when each reads eight
+// neighbouring values in turn and when the lanes of a warp read neighbours.
 SORTKD_DEVICE int place_of(int at) { return at ^ (at >> 5 & 7) ^ (at >> 6 & 3) << 3; }
 
-// The larger values first, of a row of lanes: a bitonic network of comparisons that all put the larger value first, of which
-// a thread takes up to three steps over eight values in its registers. Up to a power of two, eight or more, there is room.
+// Sorts a row's n values, the largest first, by a bitonic network whose comparisons all put the larger value first. A thread
+// takes up to three steps of the network at a time, over eight values in registers. `values` has room for a power of two above
+// n, and for eight.
 SORTKD_DEVICE void sort_values(float* values, int n, const Group<Kind::Lanes>& group) {
   const auto exchange = [](float& first, float& second) {
     const float a = first, b = second;
     first = fmaxf(a, b), second = fminf(a, b);
   };
-  // These never move.
+  // Behind the values -infinity, which never moves.
 #pragma unroll 1
   for (int at = n + group.member; at < max(8, 1 << (32 - __clz(n))); at += group.size) values[place_of(at)] = -kInfinity<float>;
   __syncwarp();
-  // Runs of so many values are in order, at first of one: eight are put in order, then two runs at a time are merged. The
-  // first step of that compares a run with the other one backwards, `distance` = run apart, each next step at half of it.
+  // Runs of so many values are in order, at first of one. Eight neighbours are put in order; then runs are merged two by two:
+  // the first step compares the first run with the second one read backwards, each step after it values at half the distance.
 #pragma unroll 1
   for (int run = 1; group.any(run < n); run *= run == 1 ? 8 : 2) {
     const int end = run < n ? n : 0;  // or only other rows of the warp have more
@@ -100,7 +101,8 @@ SORTKD_DEVICE void rotate_top(const Group<Kind::Lanes>& group, Correction correc
         logit(n) = below(at);
     });
     if (__any_sync(kFullMask, tied)) {
-      // By where its values end, a half of that: of two or more values each.
+      // The last class of each tie. A tie ends behind its last value; halves of these ends differ, as it has two values or
+      // more.
 #pragma unroll 1
       for (int i = group.member; i <= n_above / 2; i += group.size) last[i] = 0;
       __syncwarp();

@@ -1,6 +1,6 @@
-// The correction of a row of halves with many classes above its label, by their values, of which there are 65,536: which of
-// them some class has, how many come before each, and for each the class that moves. Nothing is sorted, and what is read of
-// a row is read in the order of its classes.
+// The correction of a row of halves with many classes above its label, by a table of their values, of which there can be
+// 65,536: which values occur, how many larger ones do, and which class of each moves, for of equal logits one does. Nothing is
+// sorted, and a row is read in the order of its classes alone.
 #pragma once
 
 #include "list.cuh"
