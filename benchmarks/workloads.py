@@ -120,6 +120,7 @@ def make(
     classes: int,
     *,
     accuracy: float | None = 0.8,
+    heavy_tail: bool = False,
     dtype: torch.dtype = torch.float32,
     teacher_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -130,12 +131,20 @@ def make(
     Args:
         accuracy: the share of rows where the teacher is right. In the others a few classes are above the label: one in
             half of them, two in a quarter, and so on. None is an untrained teacher: the label has any rank.
+        heavy_tail: in 1 / sqrt(r) of the others r classes or more are above the label, as for the tokens that are hard
+            for a language model: with an accuracy of 60%, more than 64 in 5% of all rows, and 2048 in 1%.
         dtype, teacher_dtype: of the student and the teacher, the teacher's being ``dtype`` by default.
     """
     g = torch.Generator(device).manual_seed(seed)
     student, teacher = (torch.randn(rows, classes, generator=g, device=device).mul_(SCALE) for _ in "st")
     target = torch.randint(classes, (rows,), generator=g, device=device)
-    if accuracy is not None:
+    if heavy_tail:
+        rank = torch.rand(rows, generator=g, device=device).pow(-2).clamp_(max=classes - 1).long()
+        rank[torch.randperm(rows, generator=g, device=device) < round((accuracy or 0.0) * rows)] = 0
+        for some in range(0, rows, step := max(1, CHUNK // classes)):
+            order = teacher[some : some + step].argsort(dim=1, descending=True)
+            target[some : some + step] = order.gather(1, rank[some : some + step, None])[:, 0]
+    elif accuracy is not None:
         rank = torch.empty(rows, device=device).geometric_(0.5, generator=g)
         rank = rank.clamp(max=min(MAX_RANK, classes - 2)).long()
         right = torch.randperm(rows, generator=g, device=device) < round(accuracy * rows)
