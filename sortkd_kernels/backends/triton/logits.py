@@ -29,6 +29,7 @@ def sort_kd_logits(
         C = C // ALIGN * ALIGN
         outer = outer // ALIGN * ALIGN
         step = tl.full([], 1, tl.int64)
+    STEP: tl.constexpr = B if LISTED else RUN
     program = tl.program_id(0)
     keys = scratch + program.to(tl.int64) * capacity * (3 if tl.float64 == WORK else 2)
     for row in range(program, N, tl.num_programs(0)):
@@ -62,7 +63,7 @@ def sort_kd_logits(
                 t_new = t_y
                 order = keys
                 if ranked > 0:
-                    order = keys + put_in_order(keys, ranked, t_row, step, capacity, LISTED, WORK, B)
+                    order = keys + put_in_order(keys, ranked, t_row, step, capacity, LISTED, WORK, STEP)
                     t_new = tl.load(t_row + (tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF) * step).to(WORK)
                 for start in range(0, C, B):
                     classes = start + tl.arange(0, B)
@@ -72,8 +73,8 @@ def sort_kd_logits(
                     t = tl.where(broken > 0, float("nan"), t)
                     tl.store(out + classes, t.to(corrected.dtype.element_ty), mask=classes < C)
                 tl.debug_barrier()
-                for start in range(0, ranked, RUN):
-                    classes, inside, t = corrected_above(order, start, ranked, t_row, step, t_y, correction, WORK)
+                for start in range(0, ranked, STEP):
+                    classes, inside, t = corrected_above(order, start, ranked, t_row, step, t_y, correction, WORK, STEP)
                     tl.store(out + classes, t.to(corrected.dtype.element_ty), mask=inside)
             # The program's next row overwrites its scratch.
             tl.debug_barrier()

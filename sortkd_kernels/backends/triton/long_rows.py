@@ -175,6 +175,7 @@ def sort_kd_long_rows(
     """
     C = C // ALIGN * ALIGN  # which the host knows it to be
     B: tl.constexpr = K * L
+    STEP: tl.constexpr = B if LISTED else RUN
     T_LAYOUT: tl.constexpr = 0 if TOP_K else LAYOUT
     FIRST: tl.constexpr = 1 if GENERAL else 0
     program = tl.program_id(0)
@@ -282,13 +283,15 @@ def sort_kd_long_rows(
                 t_new = t_y
                 order = keys
                 if ranked > 0:
-                    order = keys + put_in_order(keys, ranked, t_row, t_step, capacity, LISTED, WORK, B)
+                    order = keys + put_in_order(keys, ranked, t_row, t_step, capacity, LISTED, WORK, STEP)
                     top_class = tl.load(order + tl.arange(0, 1)) & 0xFFFFFFFF
                     t_new = tl.load(t_row + top_class * t_step).to(WORK)
-                for start in range(0, ranked, RUN):
-                    classes, inside, t = corrected_above(order, start, ranked, t_row, t_step, t_y, correction, WORK)
+                for start in range(0, ranked, STEP):
+                    classes, inside, t = corrected_above(
+                        order, start, ranked, t_row, t_step, t_y, correction, WORK, STEP
+                    )
                     s = tl.load(s_row + classes * s_step, mask=inside, other=-INFINITY).to(WORK)
-                    keep(order, spare, start, ranked, classes, s)
+                    keep(order, spare, start, ranked, classes, s, STEP)
                     new_t = tl.maximum(m_t, tl.max(t, 0))
                     row_sums = rebased(row_sums, m_t, new_t, a_t)
                     m_t = new_t
@@ -326,9 +329,11 @@ def sort_kd_long_rows(
                     tl.debug_barrier()
                     g_y = rounded(coefficients[3], grad_student.dtype.element_ty)
                     tl.store(out + label * g_step, g_y, mask=counts_row)
-                    for start in range(0, ranked, RUN):
-                        classes, inside, t = corrected_above(order, start, ranked, t_row, t_step, t_y, correction, WORK)
-                        s = kept(order, spare, start, ranked, WORK)[None, None, :]
+                    for start in range(0, ranked, STEP):
+                        classes, inside, t = corrected_above(
+                            order, start, ranked, t_row, t_step, t_y, correction, WORK, STEP
+                        )
+                        s = kept(order, spare, start, ranked, WORK, STEP)[None, None, :]
                         _x_s, _x_t, e_s, e_t, e_1 = exponentials(s, t[None, None, :], m_s, m_t, a_s, a_t, CE)
                         g = gradient(coefficients, s, (e_s, e_t, e_1), CE, GENERAL)
                         g = rounded(g, grad_student.dtype.element_ty)

@@ -74,13 +74,13 @@ def sort_run(keys, start, n):
 
 
 @triton.jit
-def merge_runs(source, target, n, length, B: tl.constexpr):
+def merge_runs(source, target, n, length, STEP: tl.constexpr):
     """Merge sorted runs of ``length`` keys pairwise from ``source`` into ``target``.
 
-    B keys search at a time: each step of a search waits for memory, and several of a lane wait together.
+    STEP keys search at a time: each step of a search waits for memory, and several of a lane wait together.
     """
-    for start in range(0, n, B):
-        k = start + tl.arange(0, B)
+    for start in range(0, n, STEP):
+        k = start + tl.arange(0, STEP)
         inside = k < n
         key = tl.load(source + k, mask=inside, other=LAST)
         run = k // length
@@ -99,7 +99,7 @@ def merge_runs(source, target, n, length, B: tl.constexpr):
 
 
 @triton.jit
-def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, B: tl.constexpr):
+def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, STEP: tl.constexpr):
     """Sort the n keys that begin at ``keys + at``; returns where they begin afterwards: there or at ``spare``."""
     tl.debug_barrier()
     if n <= COUNTED:
@@ -111,7 +111,7 @@ def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, B: tl.constexpr):
             tl.debug_barrier()
             length = tl.full([], RUN, tl.int32)
             while length < n:
-                merge_runs(keys + at, keys + spare, n, length, B)
+                merge_runs(keys + at, keys + spare, n, length, STEP)
                 tl.debug_barrier()
                 at, spare = spare, at
                 length = length * 2
@@ -120,26 +120,26 @@ def sort_keys(keys, at, spare, n, LISTED: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr, B: tl.constexpr):
+def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK: tl.constexpr, STEP: tl.constexpr):
     """Order n collected keys; returns where the keys begin whose lower halves are the classes in order.
 
-    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED. The program
-    takes B classes at a time.
+    ``keys`` has two buffers of ``capacity``, and a third for float64. Without LISTED n is at most COUNTED. STEP: the
+    keys that are moved at a time.
     """
-    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED, B)
+    at = sort_keys(keys, tl.zeros_like(n), tl.zeros_like(n) + capacity, n, LISTED, STEP)
     if tl.float64 == WORK:
         # Least significant half done. Now the upper half, with the place in the order so far in the class's stead.
         names = keys + 2 * capacity
-        for start in range(0, n, RUN):
-            k = start + tl.arange(0, RUN)
+        for start in range(0, n, STEP):
+            k = start + tl.arange(0, STEP)
             name = tl.load(keys + at + k, mask=k < n, other=0) & LOW
             value = tl.load(teacher + name * stride, mask=k < n, other=0).to(WORK)
             tl.debug_barrier()
             tl.store(names + k, name, mask=k < n)
             tl.store(keys + at + k, ((descending(value) >> 32) << 32) | k.to(tl.int64), mask=k < n)
-        at = sort_keys(keys, at, capacity - at, n, LISTED, B)
-        for start in range(0, n, RUN):
-            k = start + tl.arange(0, RUN)
+        at = sort_keys(keys, at, capacity - at, n, LISTED, STEP)
+        for start in range(0, n, STEP):
+            k = start + tl.arange(0, STEP)
             place = tl.load(keys + at + k, mask=k < n, other=0) & LOW
             name = tl.load(names + place, mask=k < n, other=0)
             tl.debug_barrier()
@@ -149,12 +149,12 @@ def put_in_order(keys, n, teacher, stride, capacity, LISTED: tl.constexpr, WORK:
 
 
 @triton.jit
-def keep(keys, spare, start, n, classes, x):
-    """Put a value beside each of RUN ``classes`` from place ``start`` of the order on, for :func:`kept`.
+def keep(keys, spare, start, n, classes, x, STEP: tl.constexpr):
+    """Put a value beside each of STEP ``classes`` from place ``start`` of the order on, for :func:`kept`.
 
     In order, a key's upper half has done its work; a float64 value takes the buffer that its names have left.
     """
-    k = start + tl.arange(0, RUN)
+    k = start + tl.arange(0, STEP)
     if x.dtype == tl.float64:
         tl.store(spare + k, x.to(tl.int64, bitcast=True), mask=k < n)
     else:
@@ -162,9 +162,9 @@ def keep(keys, spare, start, n, classes, x):
 
 
 @triton.jit
-def kept(keys, spare, start, n, WORK: tl.constexpr):
+def kept(keys, spare, start, n, WORK: tl.constexpr, STEP: tl.constexpr):
     """What :func:`keep` has put there."""
-    k = start + tl.arange(0, RUN)
+    k = start + tl.arange(0, STEP)
     if tl.float64 == WORK:
         return tl.load(spare + k, mask=k < n, other=0).to(WORK, bitcast=True)
     else:
@@ -172,12 +172,12 @@ def kept(keys, spare, start, n, WORK: tl.constexpr):
 
 
 @triton.jit
-def corrected_above(keys, start, n, teacher, stride, t_y, correction, WORK: tl.constexpr):
-    """RUN classes above the label, from place ``start`` of their order on, and their corrected values.
+def corrected_above(keys, start, n, teacher, stride, t_y, correction, WORK: tl.constexpr, STEP: tl.constexpr):
+    """STEP classes above the label, from place ``start`` of their order on, and their corrected values.
 
     Past the end the values are -inf.
     """
-    k = start + tl.arange(0, RUN)
+    k = start + tl.arange(0, STEP)
     inside = k < n
     classes = tl.load(keys + k, mask=inside, other=0) & LOW
     # Sorted, each takes the value of the next in order, the last one that of the label. Swapped, the first one that.
