@@ -29,7 +29,8 @@ step tests 170 "$python" -m pytest "${options[@]}" --durations=10 --continue-on-
     python_tests/test_gpu.py python_tests/test_train_gpu.py
 step bench_loss 190 "$python" benchmarks/bench_loss.py --output "$out"
 if command -v compute-sanitizer >/dev/null; then
-    few=("$python" -m pytest -x --tb=short python_tests/test_gpu.py -k "native and (64x100 or 6x129) and (sort or dkd)")
+    few=("$python" -m pytest -x --tb=short python_tests/test_gpu.py
+        -k "native and ((64x100 or 6x129) and (sort or dkd) or 6x4099 and T4-ce-rows)")
     step sanitizer 70 bash -c 'for tool in memcheck racecheck; do
         compute-sanitizer --tool $tool --error-exitcode 9 "$@" || exit; done' _ "${few[@]}"
 fi

@@ -76,7 +76,10 @@ def test_shapes(backend, shape, variant):
 
 DTYPED = [case for backend, *case in cases.dtype_grid() if backend == "native"]
 # Of halves the kernels have another way for ranks beyond shared memory.
-DTYPED += [[d, LARGE[1], v] for d in ((BF16, BF16), (F16, F16), (F32, BF16)) for v in cases.TWO_VARIANTS]
+BEYOND = (cases.Shape(6, 4099, "a rank of thousands, one past whole vectors"), LARGE[1])
+DTYPED += [
+    [d, s, v] for s in BEYOND for d in ((BF16, BF16), (F16, F16), (F32, BF16)) for v in cases.TWO_VARIANTS
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtypes", "shape", "variant"), DTYPED, ids=cases.case_id)
