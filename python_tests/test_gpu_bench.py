@@ -47,6 +47,17 @@ def test_rehearsal(modules, tmp_path):
     assert "6x10 float32, teacher random" in text and "| native |" in text and "What failed" not in text
 
 
+def test_a_heavy_tail(modules):
+    """As many ranks of each size as the report says, within four standard deviations of as many tosses."""
+    _, _, workloads = modules
+    x = workloads.make(2000, 3000, accuracy=0.6, heavy_tail=True)
+    rank = (x.teacher > x.teacher.gather(1, x.target[:, None])).sum(1)
+    assert (rank == 0).sum() == 1200
+    for r in (2, 16, 256):
+        share = r**-0.5
+        assert abs((rank >= r).sum() - 800 * share) < 4 * (800 * share * (1 - share)) ** 0.5
+
+
 def test_a_failing_provider_keeps_to_its_cell(modules, monkeypatch, tmp_path):
     """One that raises, one whose capture raises and one that is wrong say so; the others are timed."""
     gpu_loss, peers, workloads = modules

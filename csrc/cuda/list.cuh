@@ -159,12 +159,13 @@ constexpr int kNoteBytes = 112;
 // Where the launch has put the lists: pointers would take registers.
 struct ListPlaces {
   int counts, entries, histogram, notes,
-      present;      // bytes from the start of shared memory; of a top-k teacher `present`
-  int room;         // entries of a list
-  int near;         // bytes from the start of shared memory, of rows that are held: of the lists with few entries
-  char* in_device;  // for each block two lists of so many entries, in a launch whose lists may be long; else null
-  int long_room;    // entries of two lists in shared memory, in such a launch
-  float* moved;     // and for each of its blocks, by class, the corrected logits of those on its list
+      present;  // bytes from the start of shared memory; the table of values has the histogram's, top-k teachers `present`
+  int room;     // entries of a list
+  int near;     // bytes from the start of shared memory, of rows that are held: of the lists with few entries
+  // For each block two lists of so many entries, in a launch whose lists may be long, or places by value; else null.
+  char* in_device;
+  int long_room;  // entries of two lists in shared memory, in such a launch
+  float* moved;   // and for each of its blocks, by class, the corrected logits of those on its list
 };
 
 template <typename T, Kind kind, bool kMayBeInDevice>

@@ -202,7 +202,7 @@ struct Plan {
       if (mode != Mode::General && !args.teacher_indices) hold(4, true, Mode::General);
       if (shape.held == 0 || shape.kind == Kind::Block) shape = choose_mixed(C);
     }
-    rest_lists = vectors && bytes_t == 2 ? Lists::ByValue : Lists::Long;
+    rest_lists = lists_of_rest(vectors, bytes_t);
     const bool by_value = rest_lists == Lists::ByValue;
     // Of a block, of its lists or table of values in device memory, and of the logits that have moved.
     const int64_t list_bytes = by_value ? kPlaceBytes * std::min<int64_t>(most_listed, kHalves)

@@ -13,6 +13,9 @@ namespace cuda {
 // which there is a table of their values; or the k of a top-k teacher, too.
 enum class Lists { Short, Long, ByValue, TopK };
 
+// Of that launch: where the rows have vectors, of logits of so many bytes.
+constexpr Lists lists_of_rest(bool vectors, int bytes) { return vectors && bytes == 2 ? Lists::ByValue : Lists::Long; }
+
 // A block's sums over the rows that it works on in turn, in shared memory, as registers are short; and in device memory.
 struct Totals {
   double kd, ce;

@@ -9,7 +9,7 @@ namespace cuda {
 
 // Where value `at` of the sorted ones lies. Lanes then read from different banks of shared memory both when each reads eight
 // neighbouring values in turn and when the lanes of a warp read neighbours.
-SORTKD_DEVICE int place_of(int at) { return at ^ (at >> 5 & 7) ^ (at >> 6 & 3) << 3; }
+SORTKD_DEVICE int swizzled(int at) { return at ^ (at >> 5 & 7) ^ (at >> 6 & 3) << 3; }
 
 // Sorts a row's n values, the largest first, by a bitonic network whose comparisons all put the larger value first. A thread
 // takes up to three steps of the network at a time, over eight values in registers. `values` has room for a power of two above
@@ -21,7 +21,7 @@ SORTKD_DEVICE void sort_values(float* values, int n, const Group<Kind::Lanes>& g
   };
   // Behind the values -infinity, which never moves.
 #pragma unroll 1
-  for (int at = n + group.member; at < max(8, 1 << (32 - __clz(n))); at += group.size) values[place_of(at)] = -kInfinity<float>;
+  for (int at = n + group.member; at < max(8, 1 << (32 - __clz(n))); at += group.size) values[swizzled(at)] = -kInfinity<float>;
   __syncwarp();
   // Runs of so many values are in order, at first of one. Eight neighbours are put in order; then runs are merged two by two:
   // the first step compares the first run with the second one read backwards, each step after it values at half the distance.
@@ -39,7 +39,7 @@ SORTKD_DEVICE void sort_values(float* values, int n, const Group<Kind::Lanes>& g
         const auto at = [&](int k) { return (k < 4 ? first : other) + k * apart; };
         float own[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) own[k] = values[place_of(at(k))];
+        for (int k = 0; k < 8; ++k) own[k] = values[swizzled(at(k))];
         if (run == 1) {
 #pragma unroll 1
           for (int twice = 0; twice < 4; ++twice) {
@@ -61,7 +61,7 @@ SORTKD_DEVICE void sort_values(float* values, int n, const Group<Kind::Lanes>& g
           }
         }
 #pragma unroll
-        for (int k = 0; k < 8; ++k) values[place_of(at(k))] = own[k];
+        for (int k = 0; k < 8; ++k) values[swizzled(at(k))] = own[k];
       }
       __syncwarp();
     }
@@ -83,10 +83,10 @@ SORTKD_DEVICE void rotate_top(const Group<Kind::Lanes>& group, Correction correc
   float top = label;
   __syncwarp();  // `values` may lie where other lanes have loaded the student's logits from
   if (correction == Correction::Sort) {
-    each(higher, [&](int n) { values[place_of(before++)] = widened(logit(n)); });
+    each(higher, [&](int n) { values[swizzled(before++)] = widened(logit(n)); });
     sort_values(values, n_above, group);
     // Of classes with one value the last one takes the next lower value; the others keep theirs.
-    const auto below = [&](int at) { return narrowed<X>(at < n_above ? values[place_of(at)] : label); };
+    const auto below = [&](int at) { return narrowed<X>(at < n_above ? values[swizzled(at)] : label); };
     const auto note = [&](int n) -> unsigned short& { return reinterpret_cast<unsigned short&>(logit(n)); };
     unsigned tied = 0;
     each(higher, [&](int n) {
@@ -94,8 +94,8 @@ SORTKD_DEVICE void rotate_top(const Group<Kind::Lanes>& group, Correction correc
       int at = 0;  // values that are not lower
 #pragma unroll 1
       for (int step = 1 << (31 - __clz(n_above)); step >= 1; step /= 2)
-        if (at + step <= n_above && values[place_of(at + step - 1)] >= value) at += step;
-      if (at >= 2 && values[place_of(at - 2)] == value)
+        if (at + step <= n_above && values[swizzled(at + step - 1)] >= value) at += step;
+      if (at >= 2 && values[swizzled(at - 2)] == value)
         tied |= 1u << n, note(n) = static_cast<unsigned short>(at);
       else
         logit(n) = below(at);
@@ -119,7 +119,7 @@ SORTKD_DEVICE void rotate_top(const Group<Kind::Lanes>& group, Correction correc
       __syncwarp();
       each(tied, [&](int n) {
         const int at = note(n);
-        logit(n) = last[at / 2] == class_of(n) ? below(at) : narrowed<X>(values[place_of(at - 1)]);
+        logit(n) = last[at / 2] == class_of(n) ? below(at) : narrowed<X>(values[swizzled(at - 1)]);
       });
     }
     if (n_above > 0) top = values[0];

@@ -13,8 +13,7 @@ cudaError_t launch_rows(const Shape& shape, Mode mode, const Launch& launch, con
   constexpr int kMost = kValuesHeld / V::W;
   const auto run = [&](void (*kernel)(Params<float>)) { return launch_kernel("sort_kd_rows", kernel, launch, stream, p); };
   const bool lanes = shape.kind == Kind::Lanes;
-  if (p.long_blocks)
-    return run(sort_kd_rows < V, Kind::Block, 0, Mode::General, sizeof(X) == 2 ? Lists::ByValue : Lists::Long >);
+  if (p.long_blocks) return run(sort_kd_rows<V, Kind::Block, 0, Mode::General, lists_of_rest(true, sizeof(X))>);
   if (shape.held == 0)
     return run(mode == Mode::General ? sort_kd_rows<V, Kind::Block, 0, Mode::General, Lists::Short>
                                      : kd_rows<V, Kind::Block, 0, Lists::Short>(mode));
