@@ -180,15 +180,15 @@ struct WholeVectors {
   SORTKD_DEVICE void put(int c, T grad) const { reinterpret_cast<X*>(grads())[c] = narrowed<X>(grad); }
 };
 
-// The gradient at the classes before `before` and from `after` on but the label, by f(class): classes that no thread
-// stores in whole vectors. From memory again: in few instructions, and where the gradient lies is theirs alone.
-template <typename A, typename G, typename F>
-SORTKD_DEVICE void put_edges(const A& access, const G& group, int C, int before, int after, int label, F&& f) {
+// f(c) for the classes before `before` and from `after` on, which no thread stores in whole vectors. From memory again: in few
+// instructions, and where the gradient lies is theirs alone.
+template <typename G, typename F>
+SORTKD_DEVICE void each_edge(const G& group, int C, int before, int after, F&& f) {
   const int edges = before + C - after;
 #pragma unroll 1
   for (int i = group.member; i < edges; i += group.size) {
     const int c = i < before ? i : after + i - before;
-    if (c < C && c != label) access.put(c, f(c));
+    if (c < C) f(c);
   }
 }
 

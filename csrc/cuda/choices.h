@@ -79,15 +79,15 @@ constexpr int kVectorsAhead = 1, kWholeVectorsAhead = 2, kMixedAhead = 4, kClass
 // Classes of a row of Kind::Columns: up to 8 warps a block, which take 97 KiB at most where some devices have 99.
 constexpr int kMostColumnClasses = 256;
 
-// Entries of a block's list, 16 KiB: room for two blocks beside what they hold. A trained teacher leaves nearly all
-// rows far below; the others go to a launch of their own.
+// Entries of a list of rows that are read twice, 16 KiB. A trained teacher leaves nearly all rows far below; the others go to a
+// launch of their own.
 constexpr int kListRoom = 2048;
 
-// Most wrong rows of a trained teacher have a few classes above the label. Lists of so few entries, with both logits, are
-// near: each entry looks at all others, and nothing is sorted, nor read from memory again. Entries by the lane of rows of
-// lanes, three, so that the four blocks of a processor fit into 164 KiB (rotate.cuh takes rows with more); of a block's row,
-// and by each of its warps.
-constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 8, kNearBytes = 16;
+// Most wrong rows of a trained teacher have a few classes above the label. Lists of rows that are held have so few entries that
+// each looks at all others, and nothing is sorted; with both logits, so that nothing is read from memory again. Entries by the
+// lane of rows of lanes, three, so that the four blocks of a processor fit into 164 KiB (rotate.cuh takes rows with more); of a
+// block's row, and by each of its warps, an entry a lane (rows with more go to that launch).
+constexpr int kNearEntries = 3, kNearOfBlock = 64, kNearOfWarp = 32, kNearBytes = 16;
 
 // A row whose temperature's gradient is pending.
 constexpr int kPendingBytes = 80;

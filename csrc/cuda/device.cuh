@@ -184,29 +184,6 @@ SORTKD_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// The address, in the shared memory of block `rank`, of what lies at `place` in this one's.
-template <typename V>
-SORTKD_DEVICE V* in_block(V* place, unsigned rank) {
-#if defined(SORTKD_SIMT)
-  return simt::in_block(place, rank);
-#elif SORTKD_CLUSTER
-  unsigned long long there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
-  return reinterpret_cast<V*>(there);
-#else
-  return place;
-#endif
-}
-// A store there, which is done when the threads of both blocks have passed a barrier of the cluster.
-template <typename V>
-SORTKD_DEVICE void store_in_block(V* place, const V& value, unsigned rank) {
-#if defined(SORTKD_SIMT)
-  simt::sends.store(place, value, rank);
-#else
-  *in_block(place, rank) = value;
-#endif
-}
-
 // An mbarrier of one arrival: a phase of it is over when its block has said how many bytes the cluster's blocks send to
 // their places, and these have come. What was sent with it is there then, and nothing else: there is no barrier of all
 // threads and no fence, which would wait for the gradient's stores too.

@@ -145,21 +145,14 @@ struct Group {
   // Whether this thread has vector g of its row.
   SORTKD_DEVICE bool has(int g) const { return member == (kind == Kind::Lanes ? g & (size - 1) : g % size); }
 
-  // The list of a row is kept by its threads, or those of the cluster's first block.
-  SORTKD_DEVICE bool keeps_list() const { return kind != Kind::Block || rank == 0; }
-  SORTKD_DEVICE int list_member() const { return kind == Kind::Block ? static_cast<int>(threadIdx.x) : member; }
-  SORTKD_DEVICE int list_size() const { return kind == Kind::Block ? static_cast<int>(blockDim.x) : size; }
-  SORTKD_DEVICE void list_sync() const {
+  // Of a cluster's blocks the one that does what is done once a row.
+  SORTKD_DEVICE bool is_first_block() const { return rank == 0; }
+  // Of the row's threads that are in one block.
+  SORTKD_DEVICE void sync() const {
     if constexpr (kind == Kind::Lanes)
       __syncwarp();
     else
       __syncthreads();
-  }
-  SORTKD_DEVICE void sync() const {
-    if (blocks() > 1)
-      cluster_barrier();
-    else
-      list_sync();
   }
 
   // Whether a row of those that take their steps together says so, as all of its threads do: of a warp's rows, and every

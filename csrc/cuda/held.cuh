@@ -6,9 +6,9 @@
 // on its way there. In shared memory a class has an index, so what a row must not count is blanked before it is loaded
 // into registers: the classes of its neighbours, the label, and the classes above the label, which are put on a list;
 // trained teachers have few. The list's classes join the sums with their corrected values, and their gradients, as the
-// label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum. A short
-// list lies near, with both logits of its classes; a block's long one is sorted, and reads them again. Lanes have none:
-// they correct the logits before they load them (rotate.cuh).
+// label's, go over the row's. So the passes over registers are plain KD, and nothing is subtracted from a sum. Of rows with
+// too many for the list, lanes correct the logits before they load them (rotate.cuh); blocks leave them to a launch of their
+// own.
 //
 // Exponentials are relative to the label's own logits, those of z-scores to their means, which takes no search for maxima.
 // Where a sum then leaves the range of its type the row is read again, class by class, relative to its maxima.
@@ -27,7 +27,7 @@ namespace cuda {
 template <int n>
 struct Part {
   Sums<float, n> sums{};
-  float student = -kInfinity<float>, teacher = -kInfinity<float>;  // the largest logits
+  float student = -kInfinity<float>, teacher = -kInfinity<float>;  // the largest logits; of a list as add_list says
   SORTKD_DEVICE void merge(const Part& other) {
     sums.merge(other.sums);
     student = fmaxf(student, other.student), teacher = fmaxf(teacher, other.teacher);
@@ -67,6 +67,8 @@ struct HeldRows {
     float temperature;   // of the general mode
   };
   enum { kIgnored = -1, kOutside = -2 };
+  // More classes than there are: what a block's warp adds to its number of those above the label if its list has no room.
+  static constexpr int kTooMany = 1 << 20;
 
   // What a row's logits are turned into, by both sides' scales and references.
   struct KdRow {
@@ -85,7 +87,7 @@ struct HeldRows {
     bool has_label;        // its class is the thread's
     unsigned higher;       // a bit for each class that is put on the list
     int listed = 0;        // entries of the list, of the row of lanes or the block's warp
-    bool fix = false;      // of lanes: one of the rows that take their steps together has a list
+    bool near = false;     // one of the rows of lanes that take their steps together has a list, or the block's warp
     bool rotated = false;  // or all of them have their corrected logits where the next row's will lie
   };
 
@@ -93,10 +95,9 @@ struct HeldRows {
   struct Whole {
     RowSums sums;
     Scaled scaled;
-    float top;       // the label's corrected logit
-    int listed;      // entries of the list
-    bool fix, slow;  // a row with a list; one that leaves the range of its sums
-    bool near;       // the list is
+    float top;        // the label's corrected logit
+    int listed;       // classes above the label; of a block with too many for its list, with kTooMany
+    bool near, slow;  // a row with a list; one that leaves the range of its sums
   };
 
   using Terms = std::conditional_t<kGeneral, GeneralTerms<float>, KdTerms>;
@@ -112,7 +113,6 @@ struct HeldRows {
 
   const Params<float>& p;
   Group<kKind>& group;
-  List<float, kKind, false> list;
   NearList<kKind> near;
   PendingRows pending;     // of the general mode
   const int first_vector;  // of the thread
@@ -125,7 +125,6 @@ struct HeldRows {
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
       : p(p),
         group(group),
-        list(p.list, group),
         near(p.list, group),
         pending(p, kKind == Kind::Lanes ? static_cast<int>(threadIdx.x / kWarp) : 0),
         first_vector(kKind == Kind::Lanes ? group.member
@@ -443,14 +442,14 @@ struct HeldRows {
         return;
       }
     }
-    pass.fix = true;
-    const bool is_near = kKind == Kind::Lanes || pass.listed <= kNearOfWarp;
+    pass.near = kKind == Kind::Lanes || pass.listed <= kNearOfWarp;
     Near* to = near.of_warp + last - own;
 #pragma unroll 1
     for (unsigned left = pass.higher; left; left &= left - 1) {
       const int n = __ffs(static_cast<int>(left)) - 1;
       X* const at = staged(n / W, n % W);
-      if (is_near) *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
+      if (pass.near)
+        *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
       at[kTeacher * W] = narrowed<X>(kBlank);
     }
   }
@@ -468,36 +467,28 @@ struct HeldRows {
     return widened(staged(g >> log_lanes(), place % W, (g & (group.size - 1)) - group.member)[kTeacher * W]);
   }
 
-  // The largest two of the teacher's logits on the list, and what its classes have in the sums, by so many threads of which
-  // this is one.
-  SORTKD_DEVICE Part<kSums> near_part(const Pass& pass, const Whole& whole, int member, int size) const {
-    Part<kSums> part;
+  // What the list's classes have in the sums, and their largest corrected logit, by so many threads of which this is one.
+  // `corrects`: first gives them these logits; and in `student` the largest that there was.
+  SORTKD_DEVICE void add_list(Part<kSums>& part, const Pass& pass, const Whole& whole, int member, int size,
+                              bool corrects = false) const {
 #pragma unroll 1
     for (int at = member; at < whole.listed; at += size) {
-      const int before = near.correct(at, whole.listed, p.config.correction, pass.teacher_label);
-      if (before == 0) part.teacher = near[at].entry.value();
-      if (before == 1) part.student = near[at].entry.value();
-      add_listed(part, whole, near[at].student, near[at].teacher);
+      if (corrects && near.correct(at, whole.listed, p.config.correction, pass.teacher_label) == 0)
+        part.student = near[at].entry.value();
+      const float t = near[at].teacher, v = whole.scaled.of_teacher(t), e_t = power_of_two(v);
+      part.teacher = fmaxf(part.teacher, t);
+      part.sums.of[kZTeacher] += e_t;
+      add_cross(part.sums, whole.scaled.of_student(near[at].student), v, e_t);
     }
-    return part;
   }
-  SORTKD_DEVICE void add_listed(Part<kSums>& part, const Whole& whole, float s, float t) const {
-    const float v = whole.scaled.of_teacher(t), e_t = power_of_two(v);
-    part.sums.of[kZTeacher] += e_t;
-    add_cross(part.sums, whole.scaled.of_student(s), v, e_t);
-  }
-  // What the list's classes have in a row's sums, and the label's corrected logit; whether the sums keep their range then.
-  // Returns the largest corrected logit of the list.
-  SORTKD_DEVICE float add_list(const Pass& pass, Whole& whole, const Part<kSums>& part) const {
-    whole.top = p.config.correction == Correction::None ? pass.teacher_label : part.teacher;
-    float second = whole.listed > 1 ? part.student : pass.teacher_label;
-    if (p.config.correction == Correction::None) second = part.teacher;
+  // Joins what a row's list has to what is known of the row.
+  SORTKD_DEVICE void join_list(const Pass& pass, Whole& whole, const Part<kSums>& part) const {
+    if (p.config.correction != Correction::None) whole.top = part.student;
     // What is on the list is the largest there is of the teacher.
-    const float v = whole.scaled.of_teacher(second);
+    const float v = whole.scaled.of_teacher(part.teacher);
     whole.slow = pass.y >= 0 && !(v < log2_of(kMostOfKd * static_cast<float>(p.C)) &&
                                   scaled(pass, whole, v > -80 ? 1.0f : sum(whole, kZTeacher)));
     whole.sums.merge(converted(part.sums));
-    return second;
   }
 
   // Whether the sums keep their range, z_t of the teacher.
@@ -517,7 +508,7 @@ struct HeldRows {
     return sums;
   }
 
-  // The row's classes one at a time, from memory, but the label and those on its list; and the list, in order.
+  // The row's classes one at a time, from memory, but the label; and those on its list.
   SORTKD_DEVICE void add_classes(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
 #pragma unroll 1
     for (int c = group.member; c < p.C; c += group.size) {
@@ -530,11 +521,7 @@ struct HeldRows {
       if constexpr (kGeneral)
         if (p.with_ce) part.sums.of[kZCe] += power_of_two(CeExponent(whole.scaled)(u));
     }
-  }
-  SORTKD_DEVICE void add_sorted(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
-#pragma unroll 1
-    for (int at = group.list_member(); at < whole.listed; at += group.list_size())
-      add_listed(part, whole, pass.access.student(list[at].c()), corrected(pass, whole, at));
+    if (whole.near) add_list(part, pass, whole, group.member, group.size);
   }
 
   // Of the general mode: the sums again, relative to the means, of which the moments are what is left of no cancellation.
@@ -554,87 +541,35 @@ struct HeldRows {
 #pragma unroll
         for (int n = 0; n < kValues; ++n) pass.s[n] -= by_s, pass.t[n] -= by_t;
         add_held<true>(part.sums, pass, whole.scaled);
-      }
-      if (whole.near) {
-        part.merge(near_part(pass, whole, group.member, group.size));
-      } else if (whole.fix && group.keeps_list()) {
-        add_sorted(part, pass, whole);
+        if (whole.near) add_list(part, pass, whole, group.member, group.size);
       }
       whole.sums = group.merged(converted(part.sums));
     }
   }
 
-  // Adds what the list has to the sums, or makes them again, relative to the maxima. False where the list has no room.
-  SORTKD_DEVICE bool complete(const Pass& pass, Whole& whole, int row) {
-    const V& access = pass.access;
-    const bool has_list = whole.fix && group.keeps_list();
-    if (kKind == Kind::Lanes && whole.fix) group.sync();
-    if (kKind == Kind::Block && whole.fix) {
-      const auto places = group.places_of(__popc(pass.higher));
-      whole.listed = places.all;
-      if (whole.listed > p.list.room) {
-        if (group.member == 0) put_off(p, row, whole.listed);
-        return false;
-      }
-      int at = places.first;
+  // The sums of rows that leave their range again, relative to the maxima. The rows of a warp take the steps together.
+  SORTKD_DEVICE void sum_again(const Pass& pass, Whole& whole) {
 #pragma unroll 1
-      for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
-        const int n = __ffs(static_cast<int>(higher)) - 1, c = class_of(access, n / W, n % W);
-        list.put(at++, access.teacher(c), c);
-      }
-      group.sync();
-      if (group.keeps_list()) list.put_in_order(whole.listed);
-    }
-
-    // The list; and where a sum leaves its range, which the list can make it do, the maxima, and the sums relative to
-    // these. The rows of a warp take the steps together.
-    enum { kList, kMaxima, kAgain };
-    float second = pass.teacher_label;
-#pragma unroll 1
-    for (int step = whole.fix ? kList : kMaxima;; ++step) {
+    for (int pass_over = 0; pass_over < 2; ++pass_over) {
       Part<kSums> part;
-      if (step != kList && whole.slow) add_classes(part, pass, whole);
-      const bool adds_list = has_list && (step == kList || (step == kAgain && whole.slow));
-      if (kKind == Kind::Lanes && adds_list) {
-        part.merge(near_part(pass, whole, group.member, group.size));
-      } else if (adds_list) {
-        add_sorted(part, pass, whole);
-        // All blocks learn the two largest of the teacher.
-        const int at = group.list_member();
-        if (step == kList && at < whole.listed && at < 2) (at == 0 ? part.teacher : part.student) = list[at].value();
-      }
+      if (whole.slow) add_classes(part, pass, whole);
       part = group.merged(part);
-      if (step == kMaxima) {
-        if (!whole.slow) continue;
-        if (whole.listed > 0) part.teacher = fmaxf(part.teacher, second);
-        const float largest = reference_of(part.student, pass.student_label);
-        whole.scaled.of_student.relative_to(largest);
-        whole.scaled.of_teacher.relative_to(reference_of(part.teacher, pass.teacher_label));
-        if constexpr (kGeneral) whole.scaled.ce_reference = largest;
-        whole.sums = {};
-        continue;
-      }
-      if (step == kList && whole.listed > 0)
-        second = add_list(pass, whole, part);
-      else
-        whole.sums.merge(converted(part.sums));
-      if (step == kAgain || !any(whole.slow)) break;
+      if (!whole.slow) continue;
+      whole.sums = converted(part.sums);
+      if (pass_over == 1) continue;
+      const float largest = reference_of(part.student, pass.student_label);
+      whole.scaled.of_student.relative_to(largest);
+      whole.scaled.of_teacher.relative_to(reference_of(part.teacher, pass.teacher_label));
+      if constexpr (kGeneral) whole.scaled.ce_reference = largest;
     }
-    return true;
-  }
-  // The corrected logit of an entry of the list that is not near.
-  SORTKD_DEVICE float corrected(const Pass& pass, const Whole& whole, int at) const {
-    return list.corrected(at, p.config.correction, whole.listed, pass.teacher_label);
   }
 
-  SORTKD_DEVICE bool is_near(int listed) const { return listed > 0 && listed <= min(kNearOfBlock, p.list.room); }
-  // The sums of a block's row, for the threads that lead, and its near list, in every block: each warp sends its entries to
-  // all of them.
+  SORTKD_DEVICE bool is_near(int listed) const { return listed > 0 && listed <= p.list.room; }
+  // The sums of a block's row, for the threads that lead, and its list, in every block: each warp sends its entries to all of
+  // them.
   SORTKD_DEVICE void gather(const Pass& pass, Whole& whole) {
-    // A warp that has too many makes them too many for the list.
-    const bool fits = pass.listed <= kNearOfWarp;
     Sums<int, 2> all_and_before;
-    whole.sums = group.merged(converted(pass.sums), fits ? pass.listed : kNearOfBlock + 1, all_and_before);
+    whole.sums = group.merged(converted(pass.sums), pass.listed + (pass.listed > kNearOfWarp ? kTooMany : 0), all_and_before);
     whole.listed = all_and_before.of[0];
     whole.near = is_near(whole.listed);
     if (whole.near) near.gather(pass.listed, all_and_before.of[1], whole.listed);
@@ -645,7 +580,7 @@ struct HeldRows {
     if constexpr (kGeneral) {
       const bool counts = pass.y >= 0;
       if (!counts && here(row) && group.member == 0) p.grad_temperature[row] = 0;
-      pending.put(kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp), counts && group.keeps_list() ? row : -1,
+      pending.put(kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp), counts && group.is_first_block() ? row : -1,
                   whole.sums, whole.scaled, pass.student_label, whole.top, weight);
     }
   }
@@ -686,7 +621,7 @@ struct HeldRows {
   SORTKD_DEVICE void finish(Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    Whole whole{{}, pass.scaled, pass.teacher_label, 0, false, false, false};
+    Whole whole{{}, pass.scaled, pass.teacher_label, 0, false, false};
     Terms on;
     const auto weight_of_row = [&] {
       return p.grad_output && counts ? weight * p.grad_output[row * p.grad_output_stride] : weight;
@@ -712,10 +647,18 @@ struct HeldRows {
       const RowSums sums = converted(pass.sums);
       whole.sums = kOneRow ? warp_summed(sums) : group.merged(sums);
       whole.slow = counts & !scaled(pass, whole, sum(whole, kZTeacher));
-      // The rows of a warp take the steps of the list together.
-      whole.listed = pass.listed, whole.fix = whole.near = pass.fix;
+      whole.near = pass.near;
+      whole.listed = pass.listed;
       if (pass.rotated) whole.top = *values_of_row();
-      if (whole.fix || any(whole.slow)) complete(pass, whole, row);
+      if (whole.near) {
+        group.sync();
+        Part<kSums> part;
+        add_list(part, pass, whole, group.member, group.size, true);
+        part = group.merged(part);
+        if (whole.listed > 0) join_list(pass, whole, part);
+        group.sync();
+      }
+      if (any(whole.slow)) sum_again(pass, whole);
       if (recentres) recentre(pass, whole);
       make_terms();
       if (recentres) put_pending(pass, whole, row, weight_of_row());
@@ -724,12 +667,14 @@ struct HeldRows {
       gather(pass, whole);
       if (group.leads()) {
         whole.slow = counts & !scaled(pass, whole, sum(whole, kZTeacher));
-        if (threadIdx.x == 0) posted.sums = whole.sums;
-        if (whole.near && !whole.slow)
-          add_list(pass, whole, warp_merged(near_part(pass, whole, static_cast<int>(threadIdx.x), kWarp)));
+        if (whole.near) {
+          Part<kSums> part;
+          add_list(part, pass, whole, static_cast<int>(threadIdx.x), kWarp, true);
+          join_list(pass, whole, warp_merged(part));
+        }
       }
 #pragma unroll 1
-      for (bool completed = false;; completed = true) {
+      for (bool again = false;; again = true) {
         if (group.leads()) {
           if (!recentres) make_terms();
           // No warp still reads the row before's: each sent its part of these sums after it had.
@@ -742,13 +687,15 @@ struct HeldRows {
           }
         }
         __syncthreads();
-        if (completed) break;
+        if (again) break;
         whole.listed = posted.listed, whole.slow = posted.slow;
-        whole.near = is_near(whole.listed) && !whole.slow;
-        whole.fix = whole.listed > 0 && !whole.near;
-        if (!whole.fix && !whole.slow) break;
-        whole.sums = posted.sums;
-        if (!complete(pass, whole, row)) return;
+        whole.near = is_near(whole.listed);
+        if (whole.listed > 0 && !whole.near) {
+          if (group.member == 0) put_off(p, row, whole.listed % kTooMany);
+          return;
+        }
+        if (!whole.slow) break;
+        sum_again(pass, whole);
       }
       if (recentres) {
         whole.sums = posted.sums, whole.top = posted.top;
@@ -770,13 +717,6 @@ struct HeldRows {
         const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
         return gradient(kAny || kGeneral ? u : power_of_two(u), kGeneral ? v : power_of_two(v));
       };
-      if (whole.fix && !whole.near) {
-        // While the logits are there still.
-        if (group.keeps_list())
-          list.replace_values(whole.listed,
-                              [&](int at) { return gradient_of(access.student(list[at].c()), corrected(pass, whole, at)); });
-        if (p.inplace) group.sync();
-      }
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
       uint4* const to = compiler_barrier(access.grad4(first_vector));
@@ -794,15 +734,14 @@ struct HeldRows {
       else
         write(gradient_by<false>(whole.scaled, on, counts));
       if (here(row) && (by_class || !p.aligned))
-        put_edges(access, group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), pass.y, [&](int c) {
-          if (kKind == Kind::Block && whole.near)
-            if (const Near* const found = near.find(c, whole.listed)) return gradient_of(found->student, found->teacher);
-          return counts ? gradient_of(access.student(c), teacher_of(pass, c)) : 0.0f;
+        each_edge(group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), [&](int c) {
+          const float t = teacher_of(pass, c);
+          if (c == pass.y || (counts && whole.near && t > threshold_of(pass))) return;  // written below
+          access.put(c, counts ? gradient_of(access.student(c), t) : 0.0f);
         });
-      // By the thread that has written the label's vector, so after it; class by class, by nobody.
+      // By the threads that have written their vectors, so after these.
       if (pass.has_label) access.put(pass.y, at_label(on));
-      if (kKind == Kind::Block && whole.near) {
-        // By the threads that have written their vectors.
+      if (whole.near) {
 #pragma unroll 1
         for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
           const int n = __ffs(static_cast<int>(higher)) - 1;
@@ -810,19 +749,8 @@ struct HeldRows {
           access.put(entry.entry.c(), gradient_of(entry.student, entry.teacher));
         }
       }
-      if (whole.fix) {
-        group.sync();
-        if (group.keeps_list())
-#pragma unroll 1
-          for (int at = group.list_member(); at < whole.listed; at += group.list_size()) {
-            if (kKind == Kind::Lanes)
-              access.put(near[at].entry.c(), gradient_of(near[at].student, near[at].teacher));
-            else
-              access.put(list[at].c(), list[at].number());
-          }
-      }
     }
-    if (kKind == Kind::Lanes && (whole.fix || pass.rotated)) group.sync();  // the next row's take the place
+    if (kKind == Kind::Lanes && (whole.near || pass.rotated)) group.sync();  // the next row's take the place
   }
 };
 
@@ -840,7 +768,7 @@ __global__ void __launch_bounds__(most_threads(kKind, kMode), held_warps(kKind, 
   rows.run(group.index() * slots + group.slot);
   if (p.reduced) {
     if (kKind == Kind::Lanes) __syncthreads();
-    if (threadIdx.x < kWarp && group.keeps_list()) reduce(p, slots, group.index());
+    if (threadIdx.x < kWarp && group.is_first_block()) reduce(p, slots, group.index());
   }
   group.close();
 }

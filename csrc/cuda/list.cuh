@@ -46,7 +46,7 @@ struct Entry<double> {
 // moves.
 template <typename T, typename G>
 SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
-  const int member = group.list_member(), size = group.list_size();
+  const int member = group.member, size = group.size;
   // Columns have a barrier of the whole block for each step, and seldom more entries of a row than threads.
   if constexpr (std::is_same_v<G, Group<Kind::Columns>>)
     if (!group.any(n > size)) {
@@ -55,9 +55,9 @@ SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
       if (member < n) own = entries[member];
 #pragma unroll 1
       for (int i = 0; i < n; ++i) before += entries[i].before(own);
-      group.list_sync();
+      group.sync();
       if (member < n) entries[before] = own;
-      group.list_sync();
+      group.sync();
       return;
     }
   // All pairs of an entry, in the lower half of a stretch of 2 * distance, and the other entry at its place ^ mask.
@@ -69,7 +69,7 @@ SORTKD_DEVICE void sort_by_exchanges(Entry<T>* entries, int n, const G& group) {
       const Entry<T> a = entries[low], b = entries[high];
       if (b.before(a)) entries[low] = b, entries[high] = a;
     }
-    group.list_sync();
+    group.sync();
   };
 #pragma unroll 1
   for (int run = 1; group.any(run < n); run *= 2) {
@@ -190,17 +190,11 @@ struct List {
   SORTKD_DEVICE Entry<T>* entries() const { return kMayBeInDevice && own ? own : in_shared() + group.slot * places.room; }
   SORTKD_DEVICE Entry<T>& operator[](int at) const { return entries()[at]; }
 
-  // Of a row's threads in one block, as append. The caller has a barrier before any thread appends.
+  // The caller has a barrier before any thread appends.
   SORTKD_DEVICE void clear() const {
-    if (group.list_member() == 0) *count() = 0;
+    if (group.member == 0) *count() = 0;
   }
-  SORTKD_DEVICE void put(int at, T value, int c) const {
-    const auto entry = Entry<T>::of(value, c);
-    if (group.blocks() > 1)
-      store_in_block(entries() + at, entry, 0);
-    else
-      entries()[at] = entry;
-  }
+  SORTKD_DEVICE void put(int at, T value, int c) const { entries()[at] = Entry<T>::of(value, c); }
   // Beyond its room the list only counts.
   SORTKD_DEVICE void append(T value, int c) const {
     const int at = atomicAdd(count(), 1);
@@ -246,21 +240,19 @@ struct List {
     if (correction == Correction::Sort && at < above) return at + 1 < above ? entries()[at + 1].value() : label;
     return correction == Correction::Swap && at == 0 && above > 0 ? label : entries()[at].value();
   }
-  // f(at) in the place of each entry's value, which it may read until then, as the next one's. By all threads that keep
-  // the list.
+  // f(at) in the place of each entry's value, which it may read until then, as the next one's. By all threads of the row.
   template <typename F>
   SORTKD_DEVICE void replace_values(int n, F&& f) const {
-    const int size = group.list_size();
 #pragma unroll 1
-    for (int first = 0; group.any(first < n); first += size) {
-      const int at = first + group.list_member();
+    for (int first = 0; group.any(first < n); first += group.size) {
+      const int at = first + group.member;
       T number = 0;
       if (at < n) number = f(at);
-      group.list_sync();
+      group.sync();
       if (at < n) entries()[at] = entries()[at].with(number);
     }
   }
-  // By all threads that keep the list; `collected`: it is in the order of the classes.
+  // By all threads of the row; `collected`: it is in the order of the classes.
   SORTKD_DEVICE void put_in_order(int n, bool collected = false) {
     if constexpr (std::is_same_v<T, float> && kMayBeInDevice) {
       if (own) {

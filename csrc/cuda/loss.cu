@@ -126,15 +126,15 @@ Launch place_lists(const Shape& shape, Mode mode, int width, int blocks, int roo
     bytes += (count + 15) / 16 * 16;
     return place;
   };
-  const bool near = width && shape.kind == Kind::Lanes;  // no other list
-  p.list.room = near ? 0 : room;
+  p.list.room = room;
   p.list.in_device = in_device;
   p.stage = take(width ? threads / 32 * stage_bytes(shape.kind, shape.held, width) : 0);
   p.list.counts = take(shape.rows * static_cast<int>(sizeof(int)));
   p.list.notes = take(kNoteBytes);
-  const int near_entries = near ? shape.threads * kNearEntries : kNearOfBlock + shape.threads / 32 * kNearOfWarp;
+  const bool lanes = shape.kind == Kind::Lanes;
+  const int near_entries = lanes ? threads * kNearEntries : kNearOfBlock + threads / 32 * kNearOfWarp;
   p.list.near = take(width ? near_entries * kNearBytes : 0);
-  p.list.entries = take(in_device ? 0 : shape.rows * p.list.room * static_cast<int>(sizeof(Entry<T>)));
+  p.list.entries = take(in_device || width ? 0 : shape.rows * p.list.room * static_cast<int>(sizeof(Entry<T>)));
   const bool by_value = lists == Lists::ByValue;
   p.list.histogram = take(by_value ? kTableBytes : in_device ? histogram_bytes(shape.threads) : 0);
   p.merging = take(static_cast<int>(sizeof(int)) * (threads / 32 + 1));
@@ -175,15 +175,13 @@ struct Plan {
     aligned = vectors && reinterpret_cast<uintptr_t>(args.student) % 16 == 0 && C * bytes_s % 16 == 0;
     const bool lists = args.config.correction != Correction::None || args.rank;
     const int64_t most_listed = args.teacher_indices ? args.k + 1 : lists ? std::max<int64_t>(C - 1, 1) : 1;
-    const int64_t most_room = overrides.list_room ? overrides.list_room : kListRoom;
     const auto hold = [&](int width, bool every_aligned, Mode as) {
       const int64_t row = vectors_of(C, width, every_aligned);
       shape = choose_vectors(rows, row, width, as, d);
       if (shape.held == 0) return;
       Params<T> p{args};
       p.grad_temperature = static_cast<T*>(args.grad_temperature);
-      const int list = static_cast<int>(std::min(most_listed, most_room));
-      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, list, nullptr, Lists::Short, p).shared_bytes;
+      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, kListRoom, nullptr, Lists::Short, p).shared_bytes;
       if (shape.bytes > d.shared_bytes) shape = read_twice(row, most_threads(Kind::Block, as));
     };
     if (vectors) hold(16 / bytes_s, aligned, mode);
@@ -215,17 +213,21 @@ struct Plan {
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
     if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape, mode));
     room = static_cast<int>(most_listed);
+    // Of held rows a list has room for more entries than those of one warp may be.
+    const bool held = staged_width(args) > 0;
+    const int64_t some_room = overrides.list_room ? overrides.list_room : held ? kNearOfBlock : kListRoom;
+    const int64_t sure_room = held ? std::min<int64_t>(some_room, kNearOfWarp) : some_room;
     bool in_device = false;
     overflows = false;
     rest_blocks = long_blocks = 0;
-    if (shape.kind == Kind::Block && most_listed > most_room) {
+    if (shape.kind == Kind::Block && most_listed > sure_room) {
       if (args.teacher_indices || args.acc_double()) {
         in_device = true;
         mode = Mode::General;  // whose lists may lie there
         blocks = blocks_in(kListBytes, list_bytes, blocks);
       } else {
         overflows = true;
-        room = static_cast<int>(most_room);
+        room = static_cast<int>(some_room);
         rest = by_value ? choose_by_value(C) : choose_mixed(C);
         rest_blocks = std::min(choose_blocks(rest, Mode::General, rows, C * (bytes_s + bytes_t), d), d.processors);
         // How many values a row has is not known before it is read: each block has device memory for them.

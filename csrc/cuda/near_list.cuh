@@ -1,4 +1,4 @@
-// The list of a held row that has few entries, with both logits: each entry looks at all others, and nothing is sorted,
+// The list of a row that is held, with both logits of its few entries: each entry looks at all others, and nothing is sorted,
 // nor read from memory again.
 #pragma once
 
@@ -64,9 +64,9 @@ class NearList {
     if (group.blocks() > 1) {
       Mbarrier* const barrier = Group<kind>::mbarrier(kMbarriers - 1);
       if (threadIdx.x == 0) mbarrier_arrive_expect(barrier, n * kNearBytes);
-      const int entry = lane % kNearOfWarp;
+      const int width = own > 8 ? 32 : 8, entry = lane % width;
 #pragma unroll 1
-      for (int block = lane / kNearOfWarp; block < group.blocks(); block += 32 / kNearOfWarp)
+      for (int block = lane / width; block < group.blocks(); block += 32 / width)
         if (entry < own) send_async(to + entry, of_warp[entry], barrier, static_cast<unsigned>(block));
       if (group.leads()) mbarrier_wait(barrier, sent++ & 1);
     } else {

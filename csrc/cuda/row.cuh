@@ -119,7 +119,7 @@ struct Row {
       list.collect(group, counts ? p.C : 0, threshold, [&](int c) { return access.teacher(c); });
       list.put_in_order(above, true);
 #pragma unroll 1
-      for (int at = group.list_member(); at < above; at += group.list_size())
+      for (int at = group.member; at < above; at += group.size)
         moved()[list[at].c()] = list.corrected(at, p.config.correction, above, teacher_label);
       __syncthreads();
       return list[0].value();
@@ -199,7 +199,7 @@ struct Row {
     for (int at = group.member; at < listed; at += group.size) higher.of[0] += list[at].value() > teacher_label;
     above = group.merged(higher).of[0];
     list.put_in_order(listed);  // also where none moves: the order of sums is fixed
-    group.list_sync();
+    group.sync();
   }
 
   // In few instructions, and reading them once more: they are rare.
@@ -408,7 +408,7 @@ struct Row {
       if (group.any(listed > 0)) {
         if (!kTopK) list.put_in_order(listed);  // also where none moves: the order of sums is fixed
 #pragma unroll 1
-        for (int at = group.list_member(); at < listed; at += group.list_size()) {
+        for (int at = group.member; at < listed; at += group.size) {
           const T u = of_student(access.student(list[at].c())),
                   v = of_teacher(list.corrected(at, p.config.correction, above, teacher_label));
           add_teacher(some, u, v, power_of_two(v));
@@ -498,19 +498,19 @@ struct Row {
     };
     each(access.count, raw_s, raw_t, write, [](int) {});
     if (here)
-      put_edges(access, group, p.C, max(access.before(), p.scalar_grads), max(access.after(), p.scalar_grads), counts ? y : -1,
-                [&](int c) {
-                  if (!counts) return T(0);
-                  const T logit = access.student(c);
-                  return gradient(power_of_two(of_student(logit)), power_of_two(of_teacher(corrected(access.teacher(c), c))),
-                                  logit);
-                });
+      each_edge(group, p.C, max(access.before(), p.scalar_grads), max(access.after(), p.scalar_grads), [&](int c) {
+        if (counts && c == y) return;
+        const T logit = access.student(c);
+        access.put(c, counts ? gradient(power_of_two(of_student(logit)),
+                                        power_of_two(of_teacher(corrected(access.teacher(c), c))), logit)
+                             : T(0));
+      });
     // By the thread that has written the label's vector, so after it.
     if (counts && group.has(label_vector)) access.put(y, on.at_label);
     if (fix) {
       group.sync();
 #pragma unroll 1
-      for (int at = group.list_member(); at < listed; at += group.list_size()) access.put(list[at].c(), list[at].number());
+      for (int at = group.member; at < listed; at += group.size) access.put(list[at].c(), list[at].number());
     }
   }
 

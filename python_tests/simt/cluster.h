@@ -76,24 +76,14 @@ inline void cluster_barrier(std::source_location site = std::source_location::cu
   wait_at({"cluster_barrier", Awaits::Cluster, 0, site}, 0);
 }
 
-// What is sent is there at once in the forward order, else as late as may be: when no thread can go on without it. A
-// plain store to another block, when a barrier of the cluster orders it.
+// What is sent is there at once in the forward order, else as late as may be: when no thread can go on without it.
 class Sends {
  public:
   template <typename V>
-  void store(V* place, const V& value, uint32_t rank) {
-    stores_.push_back(moved(place, value, rank));
-    if (settings.order == Order::Forward) order_stores();
-  }
-
-  void order_stores() {
-    for (const Sent& store : std::exchange(stores_, {})) std::memcpy(store.to, store.bytes.data(), store.bytes.size());
-  }
-
-  template <typename V>
   void send(V* place, const V& value, uint64_t* barrier, uint32_t rank) {
-    Sent sent = moved(place, value, rank);
-    sent.barrier = simt::in_block(barrier, rank);
+    Sent sent{reinterpret_cast<char*>(simt::in_block(place, rank)), std::vector<char>(sizeof(V)),
+              simt::in_block(barrier, rank)};
+    std::memcpy(sent.bytes.data(), &value, sizeof(V));
     Mbarrier::at(sent.barrier);
     under_way_.push_back(std::move(sent));
     if (settings.order == Order::Forward) deliver();
@@ -115,8 +105,8 @@ class Sends {
   }
 
   void check_delivered() {
-    if (under_way_.empty() && stores_.empty()) return;
-    under_way_.clear(), stores_.clear();
+    if (under_way_.empty()) return;
+    under_way_.clear();
     throw Fault(machine.kernel + ": a cluster has ended before what its blocks have sent each other had come");
   }
 
@@ -124,15 +114,9 @@ class Sends {
   struct Sent {
     char* to;
     std::vector<char> bytes;
-    uint64_t* barrier = nullptr;
+    uint64_t* barrier;
   };
-  template <typename V>
-  static Sent moved(V* place, const V& value, uint32_t rank) {
-    Sent sent{reinterpret_cast<char*>(simt::in_block(place, rank)), std::vector<char>(sizeof(V))};
-    std::memcpy(sent.bytes.data(), &value, sizeof(V));
-    return sent;
-  }
-  std::vector<Sent> under_way_, stores_;
+  std::vector<Sent> under_way_;
 };
 
 inline Sends sends;

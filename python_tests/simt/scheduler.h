@@ -35,7 +35,6 @@ class Scheduler {
       }
       if (moved || sends.deliver()) continue;
       if (!release(0, threads_, Awaits::Cluster)) throw stuck();
-      sends.order_stores();
     }
     sends.check_delivered();
     for (uint32_t block = 0; block < machine.blocks; ++block)
