@@ -14,91 +14,29 @@
 // Where a sum then leaves the range of its type the row is read again, class by class, relative to its maxima.
 #pragma once
 
-#include "access.cuh"
-#include "general.cuh"
-#include "near_list.cuh"
+#include "held_sums.cuh"
 #include "reduce.cuh"
 #include "rotate.cuh"
 
 namespace sortkd {
 namespace cuda {
 
-// What is put together of a row's classes, or of those on its list.
-template <int n>
-struct Part {
-  Sums<float, n> sums{};
-  float student = -kInfinity<float>, teacher = -kInfinity<float>;  // the largest logits; of a list as add_list says
-  SORTKD_DEVICE void merge(const Part& other) {
-    sums.merge(other.sums);
-    student = fmaxf(student, other.student), teacher = fmaxf(teacher, other.teacher);
-  }
-  SORTKD_DEVICE Part shuffled_xor(int offset) const {
-    return {sums.shuffled_xor(offset), __shfl_xor_sync(kFullMask, student, offset),
-            __shfl_xor_sync(kFullMask, teacher, offset)};
-  }
-  static SORTKD_DEVICE Part none() { return {}; }
-};
-
-// kLogLanes: of the lanes of a row, -1 where the launch says.
 template <typename X, Kind kKind, int kHeld, int kLogLanes, Mode kMode>
-struct HeldRows {
-  using V = Vectors<X>;
-  static constexpr int W = V::W, kValues = kHeld * W;
-  static constexpr bool kGeneral = kMode == Mode::General, kAny = kMode == Mode::KdCeAny, kCe = kMode != Mode::Kd;
-  static constexpr float kLowest = -kInfinity<float>;
-  // What a blank class holds: beside a label that is small its exponentials are 0, and their product with the difference
-  // of the exponents is a number. Halves have no such number, and z-scores may make it infinite.
-  static constexpr bool kBlankIsFinite = !std::is_same_v<X, Half> && !kGeneral;
-  static constexpr float kBlank = kBlankIsFinite ? -0x1p100f : kLowest;
-  static constexpr int kSums = kGeneral ? kGeneralSums : kCe ? 4 : 3;
-  using ThreadSums = Sums<float, kSums>;
-  using RowSums = Sums<std::conditional_t<kGeneral, double, float>, kSums>;
-  // Whether the threads that take their steps together have one row, so that there is no row beyond the last.
-  static constexpr bool kOneRow = kKind == Kind::Block || kLogLanes == 5;
-  // From a vector of a thread to its next one, and from the student's to the teacher's.
-  static constexpr int kNext = kWarp, kTeacher = kHeld * kWarp;
+struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
+  using Base = HeldSums<X, kKind, kHeld, kLogLanes, kMode>;
+  using Base::fetch, Base::class_of_label, Base::class_of, Base::staged, Base::blank, Base::values_of_row, Base::threshold_of;
+  using Base::here, Base::any;
+  using Base::kNext, Base::kTeacher, Base::kIgnored, Base::kOutside;
+  using Base::kOneRow;
+  using Base::p, Base::group, Base::near, Base::first_vector, Base::stage, Base::rows, Base::log_lanes, Base::stride;
+  using Base::scaled, Base::moments_of_warp, Base::recentre, Base::sum_again;
+  using Base::teacher_of, Base::add_cross, Base::add_list, Base::join_list, Base::sum, Base::z_ce, Base::converted;
+  using Base::W, Base::kValues, Base::kSums, Base::kGeneral, Base::kAny, Base::kCe, Base::kBlank, Base::kBlankIsFinite;
+  using typename Base::Coming, typename Base::Pass, typename Base::RowSums, typename Base::Scaled, typename Base::V;
+  using typename Base::Whole;
 
-  // Of a row that is on its way. A block's threads do not see each other's copies: each loads the label's logits, and
-  // for that the label comes a row earlier.
-  struct Coming {
-    int64_t label;       // of this row, or of a block's next one
-    int y;               // of a block's row: its class, kIgnored or kOutside
-    X student, teacher;  // at the label
-    float temperature;   // of the general mode
-  };
-  enum { kIgnored = -1, kOutside = -2 };
   // More classes than there are: what a block's warp adds to its number of those above the label if its list has no room.
   static constexpr int kTooMany = 1 << 20;
-
-  // What a row's logits are turned into, by both sides' scales and references.
-  struct KdRow {
-    Exponent<float, kMode> of_student, of_teacher;
-  };
-  using Scaled = std::conditional_t<kGeneral, GeneralRow<float>, KdRow>;
-
-  // What is left of a row's logits.
-  struct Pass {
-    V access;
-    float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents; in general both's
-    ThreadSums sums;               // of this thread
-    float student_label, teacher_label;
-    Scaled scaled;
-    int y;                 // the label; -1: the row does not count
-    bool has_label;        // its class is the thread's
-    unsigned higher;       // a bit for each class that is put on the list
-    int listed = 0;        // entries of the list, of the row of lanes or the block's warp
-    bool near = false;     // one of the rows of lanes that take their steps together has a list, or the block's warp
-    bool rotated = false;  // or all of them have their corrected logits where the next row's will lie
-  };
-
-  // What is known of a row by all of its threads.
-  struct Whole {
-    RowSums sums;
-    Scaled scaled;
-    float top;        // the label's corrected logit
-    int listed;       // classes above the label; of a block with too many for its list, with kTooMany
-    bool near, slow;  // a row with a list; one that leaves the range of its sums
-  };
 
   using Terms = std::conditional_t<kGeneral, GeneralTerms<float>, KdTerms>;
 
@@ -111,117 +49,15 @@ struct HeldRows {
   };
   static_assert(sizeof(Posted) <= kNoteBytes);
 
-  const Params<float>& p;
-  Group<kKind>& group;
-  NearList<kKind> near;
-  PendingRows pending;     // of the general mode
-  const int first_vector;  // of the thread
-  uint4* const stage;
-  const int rows;
+  PendingRows pending;  // of the general mode
   const float scale;
-  float weight;       // of a row in the result
-  const bool fourth;  // whether e^4 is the exponential of the cross-entropy
+  float weight;  // of a row in the result
 
   SORTKD_DEVICE HeldRows(const Params<float>& p, Group<kKind>& group)
-      : p(p),
-        group(group),
-        near(p.list, group),
+      : Base(p, group),
         pending(p, kKind == Kind::Lanes ? static_cast<int>(threadIdx.x / kWarp) : 0),
-        first_vector(kKind == Kind::Lanes ? group.member
-                                          : group.member / static_cast<int>(kWarp) * (kHeld * static_cast<int>(kWarp)) +
-                                                static_cast<int>(lane_id())),
-        stage(compiler_barrier(reinterpret_cast<uint4*>(shared_memory() + p.stage) +
-                               threadIdx.x / kWarp * (stage_bytes(kKind, kHeld, W) / 16) + lane_id())),
-        rows(static_cast<int>(p.rows)),
         scale(p.inverse_temperature * static_cast<float>(kLog2e)),
-        weight(1),
-        fourth(p.power == 4) {}
-
-  SORTKD_DEVICE int log_lanes() const { return kLogLanes >= 0 ? kLogLanes : p.log_lanes; }
-  // From a thread's vector of the row to its next one: a block's warps have neighbouring vectors each.
-  SORTKD_DEVICE int stride() const { return kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp); }
-
-  SORTKD_DEVICE bool here(int row) const { return kOneRow || row < rows; }
-  // Whether one of the rows that take their steps together says so.
-  SORTKD_DEVICE bool any(bool says) const { return kOneRow ? says : group.any(says); }
-
-  // Starts the row's way to shared memory.
-  SORTKD_DEVICE void fetch(int row, Coming& coming) const {
-    if (row >= rows) return;
-    const V access(p, row);
-    if constexpr (kGeneral)
-      coming.temperature = p.temperature ? p.temperature[row * p.temperature_stride] : p.temperature_value;
-    if constexpr (kKind == Kind::Block) {
-      coming.y = class_of_label(coming.label);
-      if (coming.y >= 0) coming.student = *access.student_at(coming.y), coming.teacher = *access.teacher_at(coming.y);
-      if (p.step < rows - row) coming.label = p.target[row + p.step];
-    } else {
-      coming.label = p.target[row];
-    }
-    const uint4* const student = compiler_barrier(access.student4(first_vector));
-    const uint4* const teacher = compiler_barrier(access.teacher4(first_vector));
-    const int left = access.count - first_vector;
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      if (stride() * j >= left) continue;
-      copy_async(stage + kNext * j, student + stride() * j);
-      copy_async(stage + kTeacher + kNext * j, teacher + stride() * j);
-    }
-  }
-  SORTKD_DEVICE int class_of_label(int64_t label) const {
-    const int y = label == p.config.ignore_index ? kIgnored : kOutside;
-    return static_cast<uint64_t>(label) < static_cast<unsigned>(p.C) && static_cast<int>(label) != p.ignored
-               ? static_cast<int>(label)
-               : y;
-  }
-
-  // Class i of vector j of the thread that is `lanes` further.
-  SORTKD_DEVICE X* staged(int j, int i, int lanes = 0) const { return reinterpret_cast<X*>(stage + lanes + kNext * j) + i; }
-  SORTKD_DEVICE void blank(int j, int i) const {
-    *staged(j, i) = narrowed<X>(kBlank);
-    staged(j, i)[kTeacher * W] = narrowed<X>(kBlank);
-  }
-  SORTKD_DEVICE int class_of(const V& access, int j, int i) const {
-    return (first_vector + stride() * j) * W + i - access.head;
-  }
-
-  // Where p is 0 a class counts 0, whatever q. kAll: with the moment that the temperature's gradient alone needs.
-  template <bool kAll = true>
-  static SORTKD_DEVICE void add_cross(ThreadSums& sums, float u, float v, float e_t) {
-    if (e_t == 0.0f) return;
-    sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
-    if constexpr (kGeneral) {
-      sums.of[kMomentTeacher] = fmaf(e_t, v, sums.of[kMomentTeacher]);
-      if constexpr (kAll) sums.of[kMomentCross] = fmaf(e_t, v * (v - u), sums.of[kMomentCross]);
-    }
-  }
-  template <bool kFinite, bool kAll = true>
-  SORTKD_DEVICE void add(ThreadSums& sums, float u, float v, float e, float e_t) const {
-    sums.of[kZStudent] += e;
-    sums.of[kZTeacher] += e_t;
-    if constexpr (kFinite)
-      sums.of[kCross] = fmaf(e_t, v - u, sums.of[kCross]);
-    else
-      add_cross<kAll>(sums, u, v, e_t);
-    // e^4 or e^2, with no branch; e itself has been added.
-    if constexpr (kGeneral)
-      sums.of[kMomentStudent] = e != 0.0f ? fmaf(e, u, sums.of[kMomentStudent]) : sums.of[kMomentStudent];
-    else if constexpr (kAny)
-      sums.of[kZCe] += power_of_two(p.power * u);
-    else if constexpr (kCe)
-      sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
-  }
-  // Of the general mode: the sums over what a thread holds.
-  template <bool kAll>
-  SORTKD_DEVICE void add_held(ThreadSums& sums, const Pass& pass, const Scaled& scaled) const {
-#pragma unroll
-    for (int n = 0; n < kValues; ++n)
-      add<false, kAll>(sums, pass.s[n], pass.t[n], power_of_two(pass.s[n]), power_of_two(pass.t[n]));
-    if (!p.with_ce) return;
-    const CeExponent exponent(scaled);
-#pragma unroll
-    for (int n = 0; n < kValues; ++n) sums.of[kZCe] += power_of_two(exponent(pass.s[n]));
-  }
+        weight(1) {}
 
   // All rows of the group, each one on its way while the one before is computed; not so where a row's corrected logits lie
   // in its place.
@@ -280,7 +116,7 @@ struct HeldRows {
     const float temperature = kGeneral && counts ? coming.temperature : 1.0f;
     WarpMoments moments;
     if constexpr (kGeneral) {
-      if (p.config.standardize) moments = moments_of_warp(pass);
+      if (p.config.standardize) moments = moments_of_warp(access, pass.student_label, pass.teacher_label);
       if (!counts) moments = {};
     }
 
@@ -359,11 +195,11 @@ struct HeldRows {
         if constexpr (kGeneral) continue;
         const float e = power_of_two(u);
         t[i] = power_of_two(v);
-        add<kBlankIsFinite>(pass.sums, u, v, e, t[i]);
+        this->template add<kBlankIsFinite>(pass.sums, u, v, e, t[i]);
         if constexpr (!kAny) s[i] = kCe ? compiler_barrier(e) : e;  // its square is not kept
       }
     }
-    if constexpr (kGeneral) add_held<false>(pass.sums, pass, pass.scaled);
+    if constexpr (kGeneral) this->template add_held<false>(pass.sums, pass, pass.scaled);
     if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
       pass.sums.of[kCross] = 0;
 #pragma unroll 1
@@ -375,55 +211,6 @@ struct HeldRows {
       }
     }
   }
-
-  SORTKD_DEVICE WarpMoments moments_of_warp(const Pass& pass) const {
-    const V& access = pass.access;
-    // f(s, t) for the classes that are the thread's, relative to the label.
-    float s[kValues], t[kValues];
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-      unpack<X>(stage[kNext * j], s + j * W);
-      unpack<X>(stage[kTeacher + kNext * j], t + j * W);
-#pragma unroll
-      for (int n = j * W; n < (j + 1) * W; ++n) s[n] -= pass.student_label, t[n] -= pass.teacher_label;
-    }
-    const auto each = [&](auto&& f) {
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) {
-        if (!access.inner(first_vector + stride() * j)) continue;
-#pragma unroll
-        for (int n = j * W; n < (j + 1) * W; ++n) f(s[n], t[n]);
-      }
-      if (p.aligned) return;
-#pragma unroll 1
-      for (int j = 0; j < kHeld; ++j) {
-        const int g = first_vector + stride() * j;
-        if (g >= access.count || access.inner(g)) continue;
-#pragma unroll 1
-        for (int i = 0; i < W; ++i)
-          if (static_cast<unsigned>(class_of(access, j, i)) < static_cast<unsigned>(p.C))
-            f(widened(*staged(j, i)) - pass.student_label, widened(staged(j, i)[kTeacher * W]) - pass.teacher_label);
-      }
-    };
-    const auto merged = [&](const Sums<float, 2>& sums) {
-      if constexpr (kKind == Kind::Lanes) return group.merged(sums);
-      return warp_merged(sums);
-    };
-    // A block's warps have neighbouring classes each.
-    const int begin = kKind == Kind::Block ? (first_vector - static_cast<int>(lane_id())) * W - access.head : 0;
-    const int end = kKind == Kind::Block ? begin + kHeld * static_cast<int>(kWarp) * W : p.C;
-    const float count = static_cast<float>(max(min(end, p.C) - max(begin, 0), 0));
-    Sums<float, 2> sums{};
-    each([&](float s, float t) { sums.merge({s, t}); });
-    sums = merged(sums);
-    const float mean_s = mean_of(sums.of[0], count), mean_t = mean_of(sums.of[1], count);
-    Sums<float, 2> squares{};
-    each([&](float s, float t) { squares.merge({(s - mean_s) * (s - mean_s), (t - mean_t) * (t - mean_t)}); });
-    squares = merged(squares);
-    return {count, mean_s, squares.of[0], mean_t, squares.of[1]};
-  }
-  // What a class above the label is above.
-  SORTKD_DEVICE float threshold_of(const Pass& pass) const { return pass.teacher_label + p.over_label; }
 
   // Blanks the classes above the label, and puts them on the near list if it has room for them; of lanes that have more,
   // rotates them.
@@ -451,116 +238,6 @@ struct HeldRows {
       if (pass.near)
         *to++ = {Entry<float>::of(widened(at[kTeacher * W]), class_of(pass.access, n / W, n % W)), widened(*at), 0};
       at[kTeacher * W] = narrowed<X>(kBlank);
-    }
-  }
-
-  // Room for a float of each class of a row of lanes: the student's logits have it until they are loaded, if they have as many
-  // bytes; else it is behind both.
-  SORTKD_DEVICE float* values_of_row() const {
-    uint4* const of_warp = stage - lane_id() + (sizeof(X) < sizeof(float) ? 2 * kTeacher : 0);
-    return reinterpret_cast<float*>(of_warp) + (static_cast<int>(lane_id()) & -group.size) * kValues;
-  }
-  // The teacher's logit, corrected if it is to be added with the others.
-  SORTKD_DEVICE float teacher_of(const Pass& pass, int c) const {
-    if (kKind != Kind::Lanes || !pass.rotated) return pass.access.teacher(c);
-    const int place = c + pass.access.head, g = place / W;
-    return widened(staged(g >> log_lanes(), place % W, (g & (group.size - 1)) - group.member)[kTeacher * W]);
-  }
-
-  // What the list's classes have in the sums, and their largest corrected logit, by so many threads of which this is one.
-  // `corrects`: first gives them these logits; and in `student` the largest that there was.
-  SORTKD_DEVICE void add_list(Part<kSums>& part, const Pass& pass, const Whole& whole, int member, int size,
-                              bool corrects = false) const {
-#pragma unroll 1
-    for (int at = member; at < whole.listed; at += size) {
-      if (corrects && near.correct(at, whole.listed, p.config.correction, pass.teacher_label) == 0)
-        part.student = near[at].entry.value();
-      const float t = near[at].teacher, v = whole.scaled.of_teacher(t), e_t = power_of_two(v);
-      part.teacher = fmaxf(part.teacher, t);
-      part.sums.of[kZTeacher] += e_t;
-      add_cross(part.sums, whole.scaled.of_student(near[at].student), v, e_t);
-    }
-  }
-  // Joins what a row's list has to what is known of the row.
-  SORTKD_DEVICE void join_list(const Pass& pass, Whole& whole, const Part<kSums>& part) const {
-    if (p.config.correction != Correction::None) whole.top = part.student;
-    // What is on the list is the largest there is of the teacher.
-    const float v = whole.scaled.of_teacher(part.teacher);
-    whole.slow = pass.y >= 0 && !(v < log2_of(kMostOfKd * static_cast<float>(p.C)) &&
-                                  scaled(pass, whole, v > -80 ? 1.0f : sum(whole, kZTeacher)));
-    whole.sums.merge(converted(part.sums));
-  }
-
-  // Whether the sums keep their range, z_t of the teacher.
-  SORTKD_DEVICE bool scaled(const Pass& pass, const Whole& whole, float z_t) const {
-    const float most = kMostOfKd * static_cast<float>(p.C), most_ce = kMostOfCe * static_cast<float>(p.C);
-    const float label = fmaxf(fabsf(pass.student_label), fabsf(pass.teacher_label));
-    const bool is_small = label < -kBlank / 2;  // no infinite one is; a NaN is in the sums
-    return is_small & well_scaled(sum(whole, kZStudent), most) & well_scaled(z_t, most) &
-           (!kCe || (kGeneral && !p.with_ce) || well_scaled(z_ce(whole), most_ce));
-  }
-  static SORTKD_DEVICE float sum(const Whole& whole, int i) { return static_cast<float>(whole.sums.of[i]); }
-  static SORTKD_DEVICE float z_ce(const Whole& whole) { return sum(whole, kCe ? kZCe : kZStudent); }
-  static SORTKD_DEVICE RowSums converted(const ThreadSums& some) {
-    RowSums sums;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums.of[i] = some.of[i];
-    return sums;
-  }
-
-  // The row's classes one at a time, from memory, but the label; and those on its list.
-  SORTKD_DEVICE void add_classes(Part<kSums>& part, const Pass& pass, const Whole& whole) const {
-#pragma unroll 1
-    for (int c = group.member; c < p.C; c += group.size) {
-      if (c == pass.y) continue;
-      const float a = pass.access.student(c), b = teacher_of(pass, c);
-      const bool high = !pass.rotated && b > threshold_of(pass);
-      const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
-      part.student = fmaxf(part.student, a), part.teacher = fmaxf(part.teacher, high ? kLowest : b);
-      add<false>(part.sums, u, v, power_of_two(u), high ? 0.0f : power_of_two(v));
-      if constexpr (kGeneral)
-        if (p.with_ce) part.sums.of[kZCe] += power_of_two(CeExponent(whole.scaled)(u));
-    }
-    if (whole.near) add_list(part, pass, whole, group.member, group.size);
-  }
-
-  // Of the general mode: the sums again, relative to the means, of which the moments are what is left of no cancellation.
-  SORTKD_DEVICE void recentre(Pass& pass, Whole& whole) {
-    if constexpr (kGeneral) {
-      const auto move = [](Exponent<float, kMode>& of, double moment, double z) {
-        const float old = of.reference, next = old + static_cast<float>(moment / z) / of.scale;
-        if (fabsf(next) < kInfinity<float>) of.reference = next;
-        return (of.reference - old) * of.scale;
-      };
-      const float by_s = move(whole.scaled.of_student, whole.sums.of[kMomentStudent], whole.sums.of[kZStudent]);
-      const float by_t = move(whole.scaled.of_teacher, whole.sums.of[kMomentTeacher], whole.sums.of[kZTeacher]);
-      Part<kSums> part;
-      if (whole.slow) {
-        add_classes(part, pass, whole);
-      } else {
-#pragma unroll
-        for (int n = 0; n < kValues; ++n) pass.s[n] -= by_s, pass.t[n] -= by_t;
-        add_held<true>(part.sums, pass, whole.scaled);
-        if (whole.near) add_list(part, pass, whole, group.member, group.size);
-      }
-      whole.sums = group.merged(converted(part.sums));
-    }
-  }
-
-  // The sums of rows that leave their range again, relative to the maxima. The rows of a warp take the steps together.
-  SORTKD_DEVICE void sum_again(const Pass& pass, Whole& whole) {
-#pragma unroll 1
-    for (int pass_over = 0; pass_over < 2; ++pass_over) {
-      Part<kSums> part;
-      if (whole.slow) add_classes(part, pass, whole);
-      part = group.merged(part);
-      if (!whole.slow) continue;
-      whole.sums = converted(part.sums);
-      if (pass_over == 1) continue;
-      const float largest = reference_of(part.student, pass.student_label);
-      whole.scaled.of_student.relative_to(largest);
-      whole.scaled.of_teacher.relative_to(reference_of(part.teacher, pass.teacher_label));
-      if constexpr (kGeneral) whole.scaled.ce_reference = largest;
     }
   }
 
