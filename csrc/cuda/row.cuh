@@ -13,7 +13,6 @@
 
 #include "access.cuh"
 #include "general.cuh"
-#include "launch.cuh"
 #include "reduce.cuh"
 #include "value_table.cuh"
 
@@ -523,70 +522,6 @@ struct Row {
     return above;
   }
 };
-
-// ---- The kernel
-
-// Blocks a processor, which limits registers.
-constexpr int least_blocks(Kind kind, Mode mode) {
-  if (mode == Mode::General || kind == Kind::Block) return 1;
-  return kind == Kind::Lanes ? 3 : 2;
-}
-
-template <class A, Kind kKind, int kHeld, Mode kMode, Lists kLists>
-__global__ void __launch_bounds__(kLists == Lists::ByValue ? kTableBlock : most_threads(kKind, kMode),
-                                  least_blocks(kKind, kMode)) sort_kd_rows(const __grid_constant__ Params<typename A::T> p) {
-  using T = typename A::T;
-  constexpr bool kByValue = kLists == Lists::ByValue, kRest = kLists == Lists::Long || kByValue;
-  if (kRest || !p.counts) wait_for_launch_before();  // or the launch that counts has waited
-  if (kRest && *static_cast<volatile unsigned long long*>(p.overflowed) != p.nonce) return;
-  Group<kKind> group(p.log_lanes, 1, value_bytes(kKind, kMode));
-  Ticket<T>(p).open();
-  const int threads = static_cast<int>(blockDim.x);
-  const int rows = kKind == Kind::Lanes ? threads >> p.log_lanes : kKind == Kind::Columns ? 32 : 1;
-  if (p.reduced && group.member == 0) totals_of(p, group.slot) = {0, 0};
-  RowCount<T> rows_that_count(p);
-  rows_that_count.count();
-  const T count = p.mean ? static_cast<T>(rows_that_count.of_all()) : T(1);
-  // In the launch for long lists a block looks at as many marks as it has threads; first for rows whose list fits into
-  // shared memory, then, in blocks that have device memory, for the others. By value, each block has that.
-  const int chunk = kRest ? threads : 1, thread = static_cast<int>(threadIdx.x);
-  unsigned* const marks = reinterpret_cast<unsigned*>(shared_memory() + p.merging);
-#pragma unroll 1
-  for (int pass = 0; pass < (kLists == Lists::Long ? 2 : 1); ++pass) {
-    const int64_t step = pass == 0 ? p.groups : p.long_blocks;
-    if (pass == 1 && group.index() >= step) break;
-#pragma unroll 1
-    for (int64_t first = group.index(); first < p.tiles; first += step * chunk) {
-      if (kRest) {
-        const int64_t mine = first + step * thread;
-        const int entries = mine < p.rows ? p.overflow[mine] : 0;
-        const bool marked = entries > 0 && (kByValue || (entries > p.list.long_room) == (pass == 1));
-        const unsigned votes = __ballot_sync(kFullMask, marked);
-        if (!__syncthreads_or(marked)) continue;
-        if (lane_id() == 0) marks[thread / 32] = votes;
-        __syncthreads();
-      }
-#pragma unroll 1
-      for (int i = 0; i < chunk; ++i) {
-        if (kRest && !(marks[i / 32] >> (i % 32) & 1)) continue;
-        const int64_t row = (first + step * i) * rows + group.slot;
-        if (kKind == Kind::Block && p.overflow && !kRest && group.member == 0) p.overflow[row] = 0;
-        const int expected = kLists == Lists::TopK ? p.k + 1 : kRest ? p.overflow[row] : p.C - 1;
-        Row<A, kKind, kHeld, kMode, kLists> loss(p, group, row, row < p.rows, expected);
-        loss.run(row, count);
-      }
-    }
-  }
-  if (!p.reduced) return;
-  __syncthreads();
-  if (thread < static_cast<int>(kWarp)) reduce(p, rows, group.index());
-}
-
-// The kernel of a mode that is not general.
-template <class A, Kind kKind, int kHeld, Lists kLists>
-auto kd_rows(Mode mode) {
-  return mode == Mode::Kd ? sort_kd_rows<A, kKind, kHeld, Mode::Kd, kLists> : sort_kd_rows<A, kKind, kHeld, Mode::KdCe, kLists>;
-}
 
 }  // namespace cuda
 }  // namespace sortkd

@@ -1,6 +1,6 @@
 // The kernels of all other rows: of two dtypes and of top-k teachers in whole vectors; and, read from memory twice a class
 // at a time, classes that lie apart, doubles, and what has no whole vectors.
-#include "row.cuh"
+#include "rows.cuh"
 
 namespace sortkd {
 namespace cuda {

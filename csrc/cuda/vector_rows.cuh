@@ -2,7 +2,7 @@
 #pragma once
 
 #include "held.cuh"
-#include "row.cuh"
+#include "rows.cuh"
 
 namespace sortkd {
 namespace cuda {
