@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "loss_config.h"
 
@@ -189,18 +190,18 @@ struct ClassIndices {
   SORTKD_HD ClassIndices from(int64_t i) const { return {static_cast<const char*>(at) + i * (int64 ? 8 : 4), int64}; }
 };
 
-// An order-preserving unsigned image of a float: larger value, smaller key.
-SORTKD_HD uint32_t descending_key(float x) {
-  uint32_t bits;
-  x += 0.0f;  // -0 and +0 are equal
-  memcpy(&bits, &x, sizeof bits);
-  return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+// The bits of a floating-point number, of so many, as an unsigned one that is smaller where that is larger; and back.
+template <typename Word, int kBits = 8 * sizeof(Word)>
+SORTKD_HD Word descending_bits(Word bits) {
+  constexpr Word kSign = Word(1) << (kBits - 1);
+  return bits & kSign ? bits : ~bits & (kSign - 1);
 }
-SORTKD_HD uint64_t descending_key(double x) {
-  uint64_t bits;
-  x += 0.0;
+template <typename T>
+SORTKD_HD auto descending_key(T x) {
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t> bits;
+  x += T(0);  // -0 and +0 are equal
   memcpy(&bits, &x, sizeof bits);
-  return bits & 0x8000000000000000ull ? bits : ~bits & 0x7fffffffffffffffull;
+  return descending_bits(bits);
 }
 
 template <typename T>

@@ -18,7 +18,7 @@ struct Entry<float> {
     return {static_cast<uint64_t>(descending_key(value)) << 32 | static_cast<unsigned>(c)};
   }
   SORTKD_DEVICE uint32_t key() const { return static_cast<uint32_t>(word >> 32); }
-  SORTKD_DEVICE float value() const { return __uint_as_float(key() >> 31 ? key() : ~key() & 0x7fffffffu); }
+  SORTKD_DEVICE float value() const { return __uint_as_float(descending_bits(key())); }
   SORTKD_DEVICE int c() const { return static_cast<int>(word); }
   SORTKD_DEVICE bool before(const Entry& other) const { return word < other.word; }
   static SORTKD_DEVICE Entry none() { return {~uint64_t{0}}; }  // behind all others
@@ -33,9 +33,7 @@ template <>
 struct Entry<double> {
   uint64_t key, index;
   static SORTKD_DEVICE Entry of(double value, int c) { return {descending_key(value), static_cast<uint64_t>(c)}; }
-  SORTKD_DEVICE double value() const {
-    return __longlong_as_double(static_cast<long long>(key >> 63 ? key : ~key & 0x7fffffffffffffffull));
-  }
+  SORTKD_DEVICE double value() const { return __longlong_as_double(static_cast<long long>(descending_bits(key))); }
   SORTKD_DEVICE int c() const { return static_cast<int>(index); }
   SORTKD_DEVICE bool before(const Entry& other) const { return key < other.key || (key == other.key && index < other.index); }
   SORTKD_DEVICE Entry with(double number) const { return {static_cast<uint64_t>(__double_as_longlong(number)), index}; }

@@ -24,13 +24,11 @@ class ValueTable {
   SORTKD_DEVICE unsigned* bits() const { return reinterpret_cast<unsigned*>(shared_memory() + list.histogram); }
   SORTKD_DEVICE int* before() const { return reinterpret_cast<int*>(bits() + kWords); }  // of each word of bits
   SORTKD_DEVICE float* largest() const { return reinterpret_cast<float*>(shared_memory() + list.notes); }
-  // Smaller where the value is larger, of 16 bits; and back.
   static SORTKD_DEVICE unsigned key_of(float value) {
-    const unsigned x = narrowed<X>(value + 0.0f).bits;  // -0 and +0 are equal
-    return x & 0x8000u ? x : ~x & 0x7fffu;
+    return descending_bits<unsigned, 16>(narrowed<X>(value + 0.0f).bits);  // -0 and +0 are equal
   }
   static SORTKD_DEVICE float value_of(unsigned key) {
-    return widened(X{static_cast<unsigned short>(key & 0x8000u ? key : ~key & 0x7fffu)});
+    return widened(X{static_cast<unsigned short>(descending_bits<unsigned, 16>(key))});
   }
   SORTKD_DEVICE int place_of(float value) const {
     const unsigned key = key_of(value), word = key / 32;
