@@ -141,6 +141,21 @@ def test_ranks_beyond_a_list(backend, simt, dtypes):
         assert_matches(cases.Result(*in_every_order(simt, lambda want=want: run(want, backend))), want)
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, F16)], ids=cases.dtype_id)
+def test_every_class_above_the_label(backend, simt, choice, dtypes):
+    """Beside the vectors of such a row lie logits of the next one that are above its label and below all others."""
+    student, teacher, target = cases.make_rows(6, 35, dtypes)
+    for row in teacher:
+        row.copy_(2 + torch.randperm(35))
+    target[:] = torch.tensor([17, 20, 3, 34, 16, 30])
+    teacher[range(6), target] = 1
+    teacher[1::2, 0] = 1.5
+    variant = cases.BY_NAME["T4-ce-rows"]
+    want = expect(cases.Rows(student, teacher, target), variant)
+    assert (want.truth.rank == 34).all()
+    assert_matches(cases.Result(*in_every_order(simt, lambda: run(want, backend))), want)
+
+
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (F64, F64)], ids=cases.dtype_id)
 def test_classes_in_the_middle(backend, simt, choice, dtypes):
     """Logits [3, C, 5]: classes five apart, neighbouring rows next to each other."""

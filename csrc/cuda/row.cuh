@@ -102,10 +102,13 @@ struct Row {
 
   // The teacher's logit, which is `t` in memory, as it joins the sums: of the launch for long lists the corrected one.
   SORTKD_DEVICE T corrected(T t, int c) const {
-    if constexpr (kByValue)
-      if (t > threshold) return table.corrected(t, c);
-    if constexpr (kLong)
-      if (t > threshold && in_row(c)) return moved()[c];
+    if constexpr (kMoves)
+      if (t > threshold && in_row(c)) {  // a vector may have classes of other rows, too
+        if constexpr (kByValue)
+          return table.corrected(t, c);
+        else
+          return moved()[c];
+      }
     return t;
   }
   SORTKD_DEVICE float* moved() const { return p.list.moved + static_cast<int64_t>(blockIdx.x) * p.C; }
