@@ -161,8 +161,8 @@ SORTKD_HD RowTerms<T> row_terms(const RowSums<T>& sums, const RowLogs<T>& logs, 
     const T cross = alone ? T(0) : sums.cross / sums.z_teacher;
     const T mean_s_under_t = mean_t - cross;
     const T covariance = alone ? T(0) : sums.moment_cross / sums.z_teacher - mean_t * cross;
-    terms.u_dot_grad = b * (mean_s - mean_s_under_t) + pull * (sums.v_label_student - mean_s);
-    const T dodds_t = p.label * p.others * (sums.v_label_teacher - mean_t);
+    terms.u_dot_grad = b * (mean_s - mean_s_under_t) + expected(pull, sums.v_label_student - mean_s);
+    const T dodds_t = expected(p.label * p.others, sums.v_label_teacher - mean_t);
     // 0: one side of the label's odds is impossible for the teacher at any temperature, and the odds are infinite.
     const T odds_gap = (sums.v_label_teacher - log_z_t) - (sums.v_label_student - log_z_s);
     T v_dot_grad = b * covariance + expected(dodds_t, a * odds_gap);

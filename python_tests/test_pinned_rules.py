@@ -151,6 +151,22 @@ def test_no_contribution_where_the_teacher_has_no_probability(backend, decoupled
     assert not student.grad[:, 7:].any()
 
 
+@pytest.mark.parametrize("decoupled", (False, True))
+@EVERY_BACKEND
+def test_a_label_without_probability(backend, decoupled):
+    """Uncorrected, a teacher may have -inf at the label, and so may the student then: every gradient is finite still."""
+    rows = cases.make_rows(12, 9)
+    for n, label in enumerate(rows.target.clamp(min=0)):
+        rows.teacher[n, label] = -math.inf
+        if n % 2:
+            rows.student[n, label] = -math.inf
+    variant = Variant("none", {"correction": "none", "reduction": "none"}, decoupled, "row")
+    got, want = cases.run(rows, variant, backend), cases.truth(rows, variant)
+    for name in ("kd", "grad", "grad_temperature"):
+        # A temperature's gradient is a difference of terms of some 10, with a few roundings of its own sum each.
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("C", (9, 1500))  # of which the kernels keep a row in lanes of a warp, and in a block
 @pytest.mark.parametrize("mask", (-math.inf, torch.finfo(F32).min, -1e30, -(2.0**100), -65504.0))
 @EVERY_BACKEND

@@ -78,8 +78,8 @@ def row_terms(sums: RowSums, temperature: Tensor, config: Any, classes: int, mom
             (x / sums.z_teacher).masked_fill(alone, 0) for x in (sums.moment_teacher, sums.cross, sums.moment_cross)
         )
         covariance = of_cross - mean_t * cross
-        u_dot_grad = b * (mean_s - mean_t + cross) + pull * (sums.v_label_student - mean_s)
-        dodds_t = p * p_others * (sums.v_label_teacher - mean_t)
+        u_dot_grad = b * (mean_s - mean_t + cross) + _expected(pull, sums.v_label_student - mean_s)
+        dodds_t = _expected(p * p_others, sums.v_label_teacher - mean_t)
         along = b * covariance + _expected(dodds_t, a * (odds_t - odds_s))
         if not decoupled:  # beta = 1 - p_y depends on the teacher too
             along = along - _expected(dodds_t, nckd)
