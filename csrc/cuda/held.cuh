@@ -333,7 +333,6 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
         add_list(part, pass, whole, group.member, group.size, true);
         part = group.merged(part);
         if (whole.listed > 0) join_list(pass, whole, part);
-        group.sync();
       }
       if (any(whole.slow)) sum_again(pass, whole);
       if (recentres) recentre(pass, whole);
@@ -416,9 +415,14 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
           if (c == pass.y || (counts && whole.near && t > threshold_of(pass))) return;  // written below
           access.put(c, counts ? gradient_of(access.student(c), t) : 0.0f);
         });
-      // By the threads that have written their vectors, so after these.
+      // By the threads that have written their vectors, so after these; the list of lanes, which are in step, by all of them.
       if (pass.has_label) access.put(pass.y, at_label(on));
-      if (whole.near) {
+      if (kKind == Kind::Lanes && whole.near) {
+        group.sync();
+#pragma unroll 1
+        for (int at = group.member; at < whole.listed; at += group.size)
+          access.put(near[at].entry.c(), gradient_of(near[at].student, near[at].teacher));
+      } else if (whole.near) {
 #pragma unroll 1
         for (unsigned higher = pass.higher; higher; higher &= higher - 1) {
           const int n = __ffs(static_cast<int>(higher)) - 1;
