@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import cases
 import pytest
 import torch
-from cases import F16, F32, F64, Rows, Variant
+from cases import F16, F32, F64, IGNORE, Rows, Variant
 from tolerance import ROUNDINGS, Yardstick, assert_matches, errors_in_roundings, expect
 
 from sortkd_kernels import fused_sort_dkd, fused_sort_kd
@@ -190,3 +191,24 @@ def test_temperature_gradient_of_a_long_row(backend, method):
     truth = gradient("reference", F64)
     error, plain = ((gradient(b, F32) - truth).abs().max() for b in (backend, "reference"))
     assert error <= plain
+
+
+@pytest.mark.parametrize("odds", (0.1, 1.0, 8.0, 32.0))
+@FUSED_BACKENDS
+def test_the_gradient_by_the_temperature_keeps_its_digits(backend, odds):
+    """Its moments relative to a label that lies far below the others are large numbers with a small difference. `odds` are a
+    mean class's over the label's."""
+    variant = Variant("row-T-rows", {"correction": "none", "reduction": "none"}, temperature="row")
+    N, C = (12, 33) if backend == "triton" else (400, 40)
+    temperature = variant.make_temperature(N).detach()
+    _, _, target = cases.make_rows(N, C)
+    target = target.where(target != IGNORE, 3)
+    sides = []
+    for seed in (0, 1):
+        logits = 4 * torch.randn(N, C, generator=torch.Generator().manual_seed(seed))
+        mean = logits.scatter(1, target.unsqueeze(-1), -math.inf).logsumexp(-1) - math.log(C)
+        logits = logits.scatter(1, target.unsqueeze(-1), (mean - math.log(odds)).unsqueeze(-1))
+        sides.append(logits * temperature.unsqueeze(-1))
+    want = expect(Rows(*sides, target), variant)
+    error = errors_in_roundings(cases.run(want.rows, variant, backend), want)["grad_temperature"]
+    assert error.max() <= ROUNDINGS["grad_temperature"]

@@ -43,7 +43,7 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
   // What the first warp of a block has found out for the others.
   struct alignas(16) Posted {
     Terms on;
-    int listed, slow;  // as Whole
+    int listed, slow, far;  // as Whole
     float top;
     RowSums sums;
   };
@@ -199,7 +199,12 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
         if constexpr (!kAny) s[i] = kCe ? compiler_barrier(e) : e;  // its square is not kept
       }
     }
-    if constexpr (kGeneral) this->template add_held<false>(pass.sums, pass, pass.scaled);
+    if constexpr (kGeneral) {
+      if (p.grad_temperature)
+        this->template add_held<true>(pass.sums, pass, pass.scaled);
+      else
+        this->template add_held<false>(pass.sums, pass, pass.scaled);
+    }
     if (kBlankIsFinite && pass.sums.of[kCross] != pass.sums.of[kCross]) {  // logits of -infinity
       pass.sums.of[kCross] = 0;
 #pragma unroll 1
@@ -298,7 +303,7 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
   SORTKD_DEVICE void finish(Pass& pass, int row) {
     const bool counts = pass.y >= 0;
     const V& access = pass.access;
-    Whole whole{{}, pass.scaled, pass.teacher_label, 0, false, false};
+    Whole whole{{}, pass.scaled, pass.teacher_label, 0, false, false, false};
     Terms on;
     const auto weight_of_row = [&] {
       return p.grad_output && counts ? weight * p.grad_output[row * p.grad_output_stride] : weight;
@@ -319,7 +324,10 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
         on = kd_terms(p, row_sums, weight, p.temperature_value, p.inverse_temperature);
       }
     };
-    const bool recentres = kGeneral && p.grad_temperature;
+    const bool by_temperature = kGeneral && p.grad_temperature;
+    const auto look_for_far = [&] {
+      if constexpr (kGeneral) whole.far = by_temperature && is_far(whole.sums);
+    };
     if constexpr (kKind == Kind::Lanes) {
       const RowSums sums = converted(pass.sums);
       whole.sums = kOneRow ? warp_summed(sums) : group.merged(sums);
@@ -335,9 +343,9 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
         if (whole.listed > 0) join_list(pass, whole, part);
       }
       if (any(whole.slow)) sum_again(pass, whole);
-      if (recentres) recentre(pass, whole);
+      look_for_far();
+      if (any(whole.far)) recentre(pass, whole);
       make_terms();
-      if (recentres) put_pending(pass, whole, row, weight_of_row());
     } else {
       Posted& posted = *reinterpret_cast<Posted*>(shared_memory() + p.list.notes);
       gather(pass, whole);
@@ -352,14 +360,15 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
 #pragma unroll 1
       for (bool again = false;; again = true) {
         if (group.leads()) {
-          if (!recentres) make_terms();
+          look_for_far();
+          if (!whole.far) make_terms();
           // No warp still reads the row before's: each sent its part of these sums after it had.
           if (threadIdx.x == 0) {
-            if (recentres)
+            if (whole.far)
               posted.sums = whole.sums, posted.top = whole.top;
             else
               posted.on = on;
-            posted.listed = whole.listed, posted.slow = whole.slow;
+            posted.listed = whole.listed, posted.slow = whole.slow, posted.far = whole.far;
           }
         }
         __syncthreads();
@@ -373,15 +382,17 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
         if (!whole.slow) break;
         sum_again(pass, whole);
       }
-      if (recentres) {
+      whole.far = kGeneral && posted.far;
+      if (whole.far) {
         whole.sums = posted.sums, whole.top = posted.top;
         recentre(pass, whole);
-        if (group.leads()) make_terms(), put_pending(pass, whole, row, weight_of_row());
+        if (group.leads()) make_terms();
         if (threadIdx.x == 0) posted.on = on;
         __syncthreads();
       }
       on = posted.on;
     }
+    if (by_temperature && group.leads()) put_pending(pass, whole, row, weight_of_row());
     if (here(row) && group.member == 0) {
       write_row(p, group.slot, row, on.kd, on.ce, whole.listed);
       if (kKind == Kind::Block && p.overflow) p.overflow[row] = 0;

@@ -61,9 +61,9 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
   struct Whole {
     RowSums sums;
     Scaled scaled;
-    float top;        // the label's corrected logit
-    int listed;       // classes above the label; of a block with too many for its list, with kTooMany
-    bool near, slow;  // a row with a list; one that leaves the range of its sums
+    float top;             // the label's corrected logit
+    int listed;            // classes above the label; of a block with too many for its list, with kTooMany
+    bool near, slow, far;  // a row with a list; one that leaves the range of its sums; is_far
   };
 
   NearList<kKind> near;
@@ -183,7 +183,7 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
     if (whole.near) add_list(part, pass, whole, group.member, group.size);
   }
 
-  // Of the general mode: the sums again, relative to the means, of which the moments are what is left of no cancellation.
+  // Of the general mode: the sums of rows that are far again, relative to the means.
   SORTKD_DEVICE void recentre(Pass& pass, Whole& whole) {
     if constexpr (kGeneral) {
       const auto move = [](Exponent<float, kMode>& of, double moment, double z) {
@@ -191,18 +191,17 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
         if (fabsf(next) < kInfinity<float>) of.reference = next;
         return (of.reference - old) * of.scale;
       };
-      const float by_s = move(whole.scaled.of_student, whole.sums.of[kMomentStudent], whole.sums.of[kZStudent]);
-      const float by_t = move(whole.scaled.of_teacher, whole.sums.of[kMomentTeacher], whole.sums.of[kZTeacher]);
       Part<kSums> part;
-      if (whole.slow) {
-        add_classes(part, pass, whole);
-      } else {
+      if (whole.far) {
+        const float by_s = move(whole.scaled.of_student, whole.sums.of[kMomentStudent], whole.sums.of[kZStudent]);
+        const float by_t = move(whole.scaled.of_teacher, whole.sums.of[kMomentTeacher], whole.sums.of[kZTeacher]);
 #pragma unroll
         for (int n = 0; n < kValues; ++n) pass.s[n] -= by_s, pass.t[n] -= by_t;
         add_held<true>(part.sums, pass, whole.scaled);
         if (whole.near) add_list(part, pass, whole, group.member, group.size);
       }
-      whole.sums = group.merged(converted(part.sums));
+      const RowSums sums = group.merged(converted(part.sums));
+      if (whole.far) whole.sums = sums;
     }
   }
 

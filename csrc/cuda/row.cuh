@@ -425,9 +425,11 @@ struct Row {
                (kSums < 4 || !p.with_ce || fits(sums.of[kZCe] * S(kMostOfKd / kMostOfCe))));
       if (group.any(need)) continue;
       if (!kGeneral || centred) break;
-      // Relative to the means, the moments are what is left of no cancellation.
       centred = true;
       if constexpr (kGeneral) {
+        const bool far = is_far(sums);
+        if (!group.any(far)) break;
+        if (!far) continue;
         const T mean_s = static_cast<T>(sums.of[kMomentStudent] / sums.of[kZStudent]) / of_student.scale;
         const T mean_t = static_cast<T>(sums.of[kMomentTeacher] / sums.of[kZTeacher]) / of_teacher.scale;
         if (fabs(mean_s) < kInfinity<T>) of_student.reference += mean_s;
