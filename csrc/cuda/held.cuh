@@ -276,16 +276,16 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
   // The gradient at a class, from what pass.s and pass.t have of it; kWithCe: in the general mode, where there may be a
   // cross-entropy.
   template <bool kWithCe = true>
-  SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms, bool counts) const {
+  SORTKD_DEVICE auto gradient_by(const Scaled& scaled, const Terms& terms) const {
     if constexpr (kGeneral) {
       const Coefficients<float>& on = terms.on;
-      const bool standardized = p.config.standardize && counts;  // of a row that does not count the exponents are infinite
       const CeExponent exponent(scaled);
-      const float about = scaled.of_student.reference - scaled.student.mean, unit = 1 / scaled.of_student.scale;
-      return [=, &p = p](float u, float v) {
-        float g = fmaf(power_of_two(u), on.on_student, -(power_of_two(v) * on.on_teacher));
+      const float about = on.dstd == 0.0f ? 0.0f : -on.dstd * (scaled.of_student.reference - scaled.student.mean);
+      const float by_u = on.dstd == 0.0f ? 0.0f : -on.dstd / scaled.of_student.scale;
+      return [=, &p = p](float u, float e_t) {
+        float g = fmaf(power_of_two(u), on.on_student, fmaf(e_t, -on.on_teacher, about));
         if (kWithCe && p.with_ce) g = fmaf(power_of_two(exponent(u)), on.on_ce, g);
-        return standardized ? fmaf(fmaf(u, unit, about), -on.dstd, g) : g;
+        return fmaf(u, by_u, g);
       };
     } else {
       // Of the exponential's first, second and fourth power.
@@ -399,10 +399,10 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
     }
     if (p.grad) {
       // Of what pass.s and pass.t have.
-      const auto gradient = gradient_by(whole.scaled, on, counts);
+      const auto gradient = gradient_by(whole.scaled, on);
       const auto gradient_of = [&](float a, float b) {
-        const float u = whole.scaled.of_student(a), v = whole.scaled.of_teacher(b);
-        return gradient(kAny || kGeneral ? u : power_of_two(u), kGeneral ? v : power_of_two(v));
+        const float u = whole.scaled.of_student(a), e_t = power_of_two(whole.scaled.of_teacher(b));
+        return gradient(kGeneral ? fmaxf(u, Base::kLeast) : kAny ? u : power_of_two(u), e_t);
       };
       const bool by_class = whole.slow || p.scalar_grads;
       const int end = here(row) && !by_class ? access.whole() - first_vector : 0;
@@ -419,7 +419,7 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
       if (!kGeneral || p.with_ce)
         write(gradient);
       else
-        write(gradient_by<false>(whole.scaled, on, counts));
+        write(gradient_by<false>(whole.scaled, on));
       if (here(row) && (by_class || !p.aligned))
         each_edge(group, p.C, by_class ? p.C : access.before(), by_class ? p.C : access.after(), [&](int c) {
           const float t = teacher_of(pass, c);

@@ -35,6 +35,8 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
   static constexpr int kSums = kGeneral ? kGeneralSums : kCe ? 4 : 3;
   using ThreadSums = Sums<float, kSums>;
   using RowSums = Sums<std::conditional_t<kGeneral, double, float>, kSums>;
+  // An exponent whose power is 0, and times which 0 is 0.
+  static constexpr float kLeast = std::numeric_limits<float>::lowest();
 
   // What a row's logits are turned into, by both sides' scales and references.
   struct KdRow {
@@ -45,7 +47,7 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
   // What is left of a row's logits.
   struct Pass {
     V access;
-    float s[kValues], t[kValues];  // their exponentials; at any temperature, of the student the exponents; in general both's
+    float s[kValues], t[kValues];  // their exponentials; at any temperature and in general, of the student the exponents
     ThreadSums sums;               // of this thread
     float student_label, teacher_label;
     Scaled scaled;
@@ -92,18 +94,22 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
       add_cross<kAll>(sums, u, v, e_t);
     // e^4 or e^2, with no branch; e itself has been added.
     if constexpr (kGeneral)
-      sums.of[kMomentStudent] = e != 0.0f ? fmaf(e, u, sums.of[kMomentStudent]) : sums.of[kMomentStudent];
+      sums.of[kMomentStudent] = fmaf(e, fmaxf(u, kLeast), sums.of[kMomentStudent]);
     else if constexpr (kAny)
       sums.of[kZCe] += power_of_two(p.power * u);
     else if constexpr (kCe)
       sums.of[kZCe] = fmaf(e * e, fourth ? e * e : 1.0f, sums.of[kZCe]);
   }
-  // Of the general mode: the sums over what a thread holds.
+  // Of the general mode: the sums over what a thread holds, both sides' exponents. Leaves the teacher's exponentials, and the
+  // student's exponents finite.
   template <bool kAll>
-  SORTKD_DEVICE void add_held(ThreadSums& sums, const Pass& pass, const Scaled& scaled) const {
+  SORTKD_DEVICE void add_held(ThreadSums& sums, Pass& pass, const Scaled& scaled) const {
 #pragma unroll
-    for (int n = 0; n < kValues; ++n)
-      add<false, kAll>(sums, pass.s[n], pass.t[n], power_of_two(pass.s[n]), power_of_two(pass.t[n]));
+    for (int n = 0; n < kValues; ++n) {
+      const float u = pass.s[n], v = pass.t[n];
+      pass.s[n] = fmaxf(u, kLeast), pass.t[n] = power_of_two(v);
+      add<false, kAll>(sums, u, v, power_of_two(u), pass.t[n]);
+    }
     if (!p.with_ce) return;
     const CeExponent exponent(scaled);
 #pragma unroll
@@ -196,7 +202,10 @@ struct HeldSums : HeldStage<X, kKind, kHeld, kLogLanes, kMode> {
         const float by_s = move(whole.scaled.of_student, whole.sums.of[kMomentStudent], whole.sums.of[kZStudent]);
         const float by_t = move(whole.scaled.of_teacher, whole.sums.of[kMomentTeacher], whole.sums.of[kZTeacher]);
 #pragma unroll
-        for (int n = 0; n < kValues; ++n) pass.s[n] -= by_s, pass.t[n] -= by_t;
+        for (int n = 0; n < kValues; ++n) {
+          pass.s[n] = pass.s[n] == kLeast ? kLowest : pass.s[n] - by_s;
+          pass.t[n] = log2_of(pass.t[n]) - by_t;
+        }
         add_held<true>(part.sums, pass, whole.scaled);
         if (whole.near) add_list(part, pass, whole, group.member, group.size);
       }
