@@ -61,7 +61,7 @@ HELD = "sort_kd_heldI{}LNS0_4KindE{}ELi{}ELi{}ELNS0_4ModeE{}"
 # The general mode (3): with z-scores, a cross-entropy of its own and the temperature's gradient, all at once, its moments twice.
 BF16, F16 = "NS0_8BFloat16E", "NS0_4HalfE"
 CUDA = (
-    Limits(HELD.format("f", 0, 8, "n1", 3), 4, 1000 / 32, 168, 6720, 50, 3.2, 16, 70),
+    Limits(HELD.format("f", 0, 8, "n1", 3), 4, 1000 / 32, 168, 6720, 50, 3.2, 16, 72),
     Limits(HELD.format("f", 1, 8, "n1", 3), 4, 32, 168, 7600, 52, 3.1, 16, 78, 8),
     Limits(HELD.format("f", 0, 8, 5, 0), 4, 1000 / 32, 128, 2770, 33.3, 2.3, 16, 26.6),
     Limits(HELD.format("f", 0, 8, 5, 1), 4, 1000 / 32, 128, 3000, 39.4, 2.3, 16, 33.2),
