@@ -20,11 +20,12 @@ PACKAGE, CSRC = ROOT / "sortkd_kernels", ROOT / "csrc"
 ARROWS = {
     "__init__": {"backends", "fused_linear", "fused_sort_kd", "losses"},
     "__main__": {"__version__", "backends", "fused_sort_kd"},
-    "fused_sort_kd": {"autograd", "backends", "checks", "ops", "vocab_parallel"},
-    "fused_linear": {"autograd", "backends", "checks", "fused_sort_kd", "ops", "vocab_parallel"},
+    "fused_sort_kd": {"autograd", "backends", "checks", "ops", "ranks", "vocab_parallel"},
+    "fused_linear": {"autograd", "backends", "checks", "fused_sort_kd", "ops", "ranks", "vocab_parallel"},
     "losses": {"fused_linear", "fused_sort_kd"},
     "ops": {"autograd", "backends", "checks", "reference"},
-    "vocab_parallel": {"autograd", "checks", "ops", "reference", "row_math"},
+    "ranks": {"checks", "ops"},
+    "vocab_parallel": {"autograd", "checks", "ops", "ranks", "reference", "row_math"},
     "row_math": {"reference"},
     "autograd": set(),
     "checks": set(),
@@ -145,7 +146,7 @@ SYNCHRONISING = {"item", "tolist", "equal", "allclose", "cpu", "numpy", "nonzero
 # The first returns at once for any device but the CPU, whose values may be looked at. The others say so in their
 # docstrings: the rows of a matrix product, and how much ranks send each other, are numbers of the host.
 MAY_WAIT = {("ops", "check_labels"), ("fused_linear", "_rows_to_keep")}
-MAY_WAIT |= {("vocab_parallel", "_on_host"), ("vocab_parallel", "_rotate")}
+MAY_WAIT |= {("ranks", "on_host"), ("vocab_parallel", "_rotate")}
 # It reports on this machine: it runs on no user's tensor.
 TOOLS = {"__main__"}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, backends, checks, ops, vocab_parallel
+from . import autograd, backends, checks, ops, ranks, vocab_parallel
 from .fused_sort_kd import SortKDOutput, _options, _row_scale
 
 _FN = "fused_linear_sort_kd"
@@ -112,7 +112,7 @@ def fused_linear_sort_kd(
     """
     over_ranks = process_group is not None
     if over_ranks:
-        vocab_parallel.shards(_FN, hidden, None, target, process_group, -1)
+        ranks.shards(_FN, hidden, None, target, process_group, -1)
     try:
         checks.check_one_teacher(
             _FN, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_logits=teacher_logits,
@@ -158,7 +158,7 @@ def fused_linear_sort_kd(
             row_scale, of_rows = _row_scale(_FN, like, of_teacher, target, config, denominator, row_weight)
     except (TypeError, ValueError):
         if over_ranks:
-            vocab_parallel.refuse(process_group, hidden)
+            ranks.refuse(process_group, hidden)
         raise
 
     labels = target.reshape(-1)
@@ -511,7 +511,7 @@ def _whole(weight: Any, over_ranks: bool) -> Any:
 
     Where the ranks hold the classes, its own value: this rank's slice.
     """
-    if not vocab_parallel.is_sharded(weight):
+    if not ranks.is_sharded(weight):
         return weight
     if over_ranks:
         return weight.to_local()

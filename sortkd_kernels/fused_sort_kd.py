@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, ops, vocab_parallel
+from . import autograd, backends, checks, ops, ranks, vocab_parallel
 
 _REDUCTION = {name: code for code, name in enumerate(checks.REDUCTIONS)} | {
     "batchmean": checks.REDUCTIONS.index("mean")
@@ -310,7 +310,7 @@ def _loss(
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | SortKDOutput:  # fmt: skip
     """Every public loss: check the tensors, view them with their classes last, call the backend."""
-    if process_group is not None or vocab_parallel.is_sharded(student):
+    if process_group is not None or ranks.is_sharded(student):
         if teacher_indices is not None:
             raise ValueError(f"{fn}: expected logits of all classes beside a teacher's top k, got a DTensor")
         over_ranks = torch.compiler.disable(_loss_over_ranks) if torch.compiler.is_compiling() else _loss_over_ranks
@@ -339,7 +339,7 @@ def _loss_over_ranks(
 ) -> Tensor | SortKDOutput:  # fmt: skip
     """The same for logits whose classes are spread over the ranks of a group."""
     inplace = inplace and process_group is not None  # the memory of a DTensor is its own
-    group, student, teacher, target = vocab_parallel.shards(fn, student, teacher, target, process_group, class_dim)
+    group, student, teacher, target = ranks.shards(fn, student, teacher, target, process_group, class_dim)
     try:
         if backend is not None:
             raise ValueError(f"{fn}: expected backend=None for classes over several ranks, got {backend!r}")
@@ -349,7 +349,7 @@ def _loss_over_ranks(
         if class_dim not in (-1, student.dim() - 1):
             raise ValueError(f"{fn}: expected class_dim=-1 for classes over several ranks, got {class_dim}")
     except (TypeError, ValueError):
-        vocab_parallel.refuse(group, student)
+        ranks.refuse(group, student)
         raise
     kernels = vocab_parallel.kernels(group)
     parts = autograd.loss(kernels, student, teacher, None, target, learned, row_scale, config, inplace)

@@ -13,7 +13,6 @@ order; that includes the backward pass of float16 students, whose gradient is ma
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd, checks, ops, reference
+from . import autograd, checks, ops, ranks, reference
 from .row_math import Coefficients, RowSums, gradient_coefficients, row_terms
 
 # Bytes of the temporaries of a block of rows, at the least those of one row. On the CPU they stay in the caches; on a
@@ -64,7 +63,7 @@ def forward(
         IndexError: a label beyond the classes of all ranks; on all ranks, and on any device.
     """
     moments = config.standardize or grad_temperature
-    call = _Call(group, student, teacher, target, config, _agree(group, student, teacher, target, config, moments))
+    call = _Call(group, student, teacher, target, config, ranks.agree(group, student, teacher, target, config, moments))
     temperatures = target.new_full((1,), config.temperature, dtype=torch.float64)
     if temperature is not None:
         temperatures = temperature.detach().double().reshape(-1)
@@ -105,145 +104,6 @@ def forward(
         grad,
         dtemperature.to(call.work) if grad_temperature else none,
     )
-
-
-def is_sharded(student: Any) -> bool:
-    """Whether these logits are a DTensor; importing nothing to find out."""
-    return type(student) is not Tensor and hasattr(student, "device_mesh")
-
-
-def shards(
-    fn: str, student: Any, teacher: Any, target: Any, process_group: Any, class_dim: int
-) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """``process_group`` and its slices as they are, or those of DTensors sharded over their classes.
-
-    Raises:
-        TypeError, ValueError: on every rank alike, before anything is sent.
-    """
-    if not is_sharded(student):
-        # What new_group returns to a rank outside.
-        if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(
-                f"{fn}: expected this rank to be in process_group, got rank {dist.get_rank()} outside of it"
-            )
-        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                f"{fn}: expected process_group to be a torch.distributed.ProcessGroup, "
-                f"got {type(process_group).__name__}"
-            )
-        return process_group, student, teacher, target
-    if process_group is not None:
-        raise ValueError(f"{fn}: expected process_group=None beside a DTensor, whose mesh has the group; got both")
-    from torch.distributed.tensor import DTensor, Shard
-
-    mesh, last = student.device_mesh, student.dim() - 1
-    split = [i for i, placement in enumerate(student.placements) if not placement.is_replicate()]
-    over_classes = [i for i in split if type(student.placements[i]) is Shard and student.placements[i].dim == last]
-    if len(split) != 1 or over_classes != split:
-        raise ValueError(
-            f"{fn}: expected student to be sharded over its classes, Shard({last}), by one dimension of its mesh and "
-            f"replicated by the others, got {student.placements}; redistribute it, or pass local tensors and "
-            "process_group"
-        )
-    if class_dim not in (-1, last):
-        raise ValueError(f"{fn}: expected class_dim=-1 with a DTensor, got {class_dim}")
-    alike = isinstance(teacher, DTensor) and teacher.device_mesh == mesh
-    if not alike or teacher.placements != student.placements or teacher.shape != student.shape:
-        came = (
-            f"{tuple(teacher.shape)} {teacher.placements}" if isinstance(teacher, DTensor) else type(teacher).__name__
-        )
-        raise ValueError(
-            f"{fn}: expected teacher to be a DTensor of shape {tuple(student.shape)} sharded like student, "
-            f"{student.placements}, got {came}"
-        )
-    if isinstance(target, DTensor):
-        if not all(placement.is_replicate() for placement in target.placements):
-            raise ValueError(f"{fn}: expected target to be replicated, got {target.placements}")
-        target = target.to_local()
-    if not (mesh.mesh.diff(dim=split[0]) > 0).all():
-        # A group numbers its ranks in ascending order, and slices go by that number.
-        raise ValueError(f"{fn}: expected a mesh whose ranks ascend along the classes, got {mesh}")
-    return mesh.get_group(split[0]), student.to_local(), teacher.to_local(), target
-
-
-# ---- What the ranks must agree on ----------------------------------------------------------------------------------
-
-_TARGET = "target, label by label,"
-_FACTS = ["refusal", "number of classes", "number of rows", "student dtype", "teacher dtype", _TARGET]
-_FACTS += ["least label", "greatest label", "gradient asked of the temperature", *ops.LossConfig._fields]
-_NAMES: dict[str, tuple[Any, ...]] = {"correction": checks.CORRECTIONS, "reduction": checks.REDUCTIONS}
-_NAMES |= {"student dtype": checks.FLOAT_DTYPES, "teacher dtype": checks.FLOAT_DTYPES}
-
-
-def refuse(group: Any, student: Any) -> None:
-    """Tell the other ranks, which wait in :func:`forward`, that this one has refused its arguments."""
-    nccl = dist.get_backend(group) == "nccl"
-    device = student.device if isinstance(student, Tensor) else torch.device("cuda" if nccl else "cpu")
-    _gather(group, torch.tensor([1.0] + [0.0] * (len(_FACTS) - 1), dtype=torch.float64, device=device))
-
-
-def _agree(
-    group: Any, student: Tensor, teacher: Tensor, target: Tensor, config: ops.LossConfig, moments: bool
-) -> list[int]:
-    """The widths of the ranks' slices, after the checks that need all ranks and are alike on all of them."""
-    rows, dtypes = target.numel(), [float(checks.FLOAT_DTYPES.index(x.dtype)) for x in (student, teacher)]
-    labels = target.reshape(-1)
-    # Which numbers they multiply matters little; in 52 bits float64 holds the sum.
-    places = torch.arange(1, rows + 1, device=target.device) * 2654435761 % 2147483647
-    counted = torch.where(labels == config.ignore_index, 0, labels)
-    of_labels = [(labels * places).sum() & (1 << 52) - 1]
-    of_labels += [counted.amin(), counted.amax()] if rows else [of_labels[0]] * 2
-    options = [math.inf if x is None else float(x) for x in config]
-    facts = torch.tensor([0.0, student.shape[-1], rows, *dtypes, 0, 0, 0, moments, *options], dtype=torch.float64)
-    facts = facts.to(target.device)
-    facts[5:8] = torch.stack(of_labels)
-    of_ranks = _on_host(_gather(group, facts))
-
-    refused = [place for place, one in enumerate(of_ranks) if one[0]]
-    if refused:
-        raise ValueError(
-            f"sortkd_kernels: rank {refused[0]} of process_group has refused its arguments; its own error says why"
-        )
-    for i, name in enumerate(_FACTS):
-        values = [one[i] for one in of_ranks]
-        if name == "number of classes" or len(set(values)) == 1:
-            continue
-        words = [str(_NAMES[name][int(x)]).removeprefix("torch.") if name in _NAMES else f"{x:g}" for x in values]
-        shown = "" if name == _TARGET else f", got {', '.join(words)} in the order of the ranks"
-        raise ValueError(f"sortkd_kernels: expected the same {name} on all ranks of process_group{shown}")
-    widths = [int(one[1]) for one in of_ranks]
-    classes, least, greatest = sum(widths), int(of_ranks[0][6]), int(of_ranks[0][7])
-    if not classes:
-        raise ValueError("sortkd_kernels: expected at least one class on the ranks of process_group together, got 0")
-    if least < 0 or greatest >= classes:
-        raise IndexError(
-            f"sortkd_kernels: expected target in [0, {classes}), the classes of all ranks, or ignore_index "
-            f"{config.ignore_index}, got {least if least < 0 else greatest}"
-        )
-    return widths
-
-
-def _on_host(x: Tensor) -> Any:
-    """How much is to be sent decides what the host does next: it waits."""
-    return x.tolist()
-
-
-def _gather(group: Any, x: Tensor) -> Tensor:
-    """``x`` of each rank, stacked."""
-    ranks = dist.get_world_size(group)
-    every = x.new_empty(ranks * x.numel())
-    if x.numel():
-        # torch 2.14 has the first name, and warns of the second.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(every, x.reshape(-1), group=group)
-    return every.view(ranks, *x.shape)
-
-
-def _reduce(group: Any, x: Tensor, how: str = "SUM") -> Tensor:
-    """``x`` reduced over the ranks, in place."""
-    if x.numel():
-        dist.all_reduce(x, getattr(dist.ReduceOp, how), group=group)
-    return x
 
 
 # ---- What is known of the rows before their sums -------------------------------------------------------------------
@@ -334,7 +194,7 @@ class _Rows(NamedTuple):
 
 def _rows_of(call: _Call, temperature: Tensor) -> _Rows:
     config, correction = call.config, checks.CORRECTIONS[call.config.correction]
-    labels = _reduce(call.group, torch.stack([call.of_label(call.student), call.of_label(call.teacher)]))
+    labels = ranks.reduce(call.group, torch.stack([call.of_label(call.student), call.of_label(call.teacher)]))
     label_student, uncorrected = labels
 
     # Of the classes beside the label: the largest of each side, the teacher's first, and the largest beside that one.
@@ -358,16 +218,16 @@ def _rows_of(call: _Call, temperature: Tensor) -> _Rows:
             maxima[2, rows] = t.scatter_(1, top[rows].unsqueeze(1), -torch.inf).amax(1).double()
     # What a reduction makes of a NaN depends on its library; the NaN comes back with the sums.
     maxima = maxima.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    counts = _gather(call.group, above)
+    counts = ranks.gather(call.group, above)
     rank = counts.sum(0, dtype=torch.int32)
-    reference_student, largest = _reduce(call.group, maxima[:2].clone(), "MAX")
+    reference_student, largest = ranks.reduce(call.group, maxima[:2].clone(), "MAX")
     label_teacher, reference_teacher, swapped = uncorrected, largest, None
     if correction != "none":
         label_teacher = torch.where(rank > 0, largest, uncorrected)
     if correction == "swap":
         found = torch.where(maxima[1] == largest, top + call.first, call.classes)
-        swapped = call.local(_reduce(call.group, found, "MIN"), rank > 0)
-        second = _reduce(call.group, torch.where(swapped[1], maxima[2], maxima[1]), "MAX")
+        swapped = call.local(ranks.reduce(call.group, found, "MIN"), rank > 0)
+        second = ranks.reduce(call.group, torch.where(swapped[1], maxima[2], maxima[1]), "MAX")
         # A NaN of the label is above nothing: rank is 0.
         reference_teacher = torch.where(rank > 0, torch.maximum(second, uncorrected), largest)
 
@@ -375,8 +235,8 @@ def _rows_of(call: _Call, temperature: Tensor) -> _Rows:
     mean = std = torch.zeros_like(temperature)
     if config.standardize:
         n = call.classes
-        of_all = _reduce(call.group, means * call.width) / n
-        total = _reduce(call.group, squares + call.width * (means - of_all).square())
+        of_all = ranks.reduce(call.group, means * call.width) / n
+        total = ranks.reduce(call.group, squares + call.width * (means - of_all).square())
         # 0, or NaN for a row with one.
         stds = torch.where(total > 0, (total / max(1, n - 1)).sqrt(), total - total) if n > 1 else total - total
         inverse = inverse / (stds + reference.STANDARDIZE_EPS)
@@ -408,7 +268,7 @@ def _rotated(call: _Call, row: _Rows) -> Iterator[tuple[list[slice], list[_Above
         return
     ends = torch.tensor([block.stop - 1 for block in blocks], device=call.target.device)
     totals = row.above.cumsum(1)[:, ends].diff(dim=1, prepend=row.above.new_zeros(len(call.widths), 1))
-    of_blocks = _on_host(totals.t())  # for each block the ranks' numbers of entries
+    of_blocks = ranks.on_host(totals.t())  # for each block the ranks' numbers of entries
     limit = call.budget // _BYTES_AN_ENTRY
     for group, counts in _grouped(blocks, of_blocks, limit):
         total = sum(map(sum, counts))
@@ -433,9 +293,9 @@ def _rotate_in_pieces(call: _Call, row: _Rows, block: slice, limit: int) -> _Abo
     """The same for one block whose lists are beyond the limit: of an untrained teacher, half of all classes."""
     rows = [slice(n, n + 1) for n in range(block.start, block.stop)]
     found = []
-    for group, counts in _grouped(rows, _on_host(row.above[:, block].t()), limit):
+    for group, counts in _grouped(rows, ranks.on_host(row.above[:, block].t()), limit):
         piece = slice(group[0].start, group[-1].stop)
-        of_ranks = [sum(ranks) for ranks in zip(*counts, strict=True)]
+        of_ranks = [sum(of_rows) for of_rows in zip(*counts, strict=True)]
         (one,) = _rotate(call, row, [piece], [of_ranks]) if any(of_ranks) else [None]
         if one is not None:
             found.append((one[0] + (piece.start - block.start), one[1], one[2]))
@@ -464,8 +324,8 @@ def _rotate(call: _Call, row: _Rows, blocks: list[slice], counts: list[list[int]
         rows, columns = (t > limit).nonzero(as_tuple=True)
         lists[i] = rows, columns, sent[at : at + len(rows)].copy_(t[rows, columns])
         at += len(rows)
-    of_ranks = [sum(ranks) for ranks in zip(*counts, strict=True)]
-    gathered = _gather(call.group, sent)
+    of_ranks = [sum(of_rows) for of_rows in zip(*counts, strict=True)]
+    gathered = ranks.gather(call.group, sent)
     values = torch.cat([gathered[place, :count] for place, count in enumerate(of_ranks)])
 
     span = slice(blocks[0].start, blocks[-1].stop)
@@ -533,7 +393,7 @@ def _sums(call: _Call, row: _Rows, blocks: list[slice], lists: list[_Above], mom
         sums[2, at] = _product_sum(of_teacher, gap, dtype)
         if moments:
             sums[6, at] = _product_sum(of_teacher, gap.mul_(v), dtype)
-    _reduce(call.group, sums)
+    ranks.reduce(call.group, sums)
     of_label = row.label_student[span] - row.reference_student[span]
     v_student = of_label * row.inverse_student[span]
     v_teacher = (row.label_teacher[span] - row.reference_teacher[span]) * row.inverse_teacher[span]
