@@ -79,8 +79,8 @@ constexpr int kVectorsAhead = 1, kWholeVectorsAhead = 2, kMixedAhead = 4, kClass
 // Classes of a row of Kind::Columns: up to 8 warps a block, which take 97 KiB at most where some devices have 99.
 constexpr int kMostColumnClasses = 256;
 
-// Entries of a list of rows that are read twice, 16 KiB. A trained teacher leaves nearly all rows far below; the others go to a
-// launch of their own.
+// Entries of a list of rows that are read twice, or only corrected: 16 KiB. A trained teacher leaves nearly all rows far below;
+// the others go to a launch of their own.
 constexpr int kListRoom = 2048;
 
 // Most wrong rows of a trained teacher have a few classes above the label. Lists of rows that are held have so few entries that

@@ -181,7 +181,8 @@ struct Plan {
       if (shape.held == 0) return;
       Params<T> p{args};
       p.grad_temperature = static_cast<T*>(args.grad_temperature);
-      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, kListRoom, nullptr, Lists::Short, p).shared_bytes;
+      const int list = static_cast<int>(std::min<int64_t>(most_listed, kListRoom));
+      shape.bytes = place_lists(shape, mode, vectors ? width : 0, 0, list, nullptr, Lists::Short, p).shared_bytes;
       if (shape.bytes > d.shared_bytes) shape = read_twice(row, most_threads(Kind::Block, as));
     };
     if (vectors) hold(16 / bytes_s, aligned, mode);
@@ -213,10 +214,10 @@ struct Plan {
     // Of clusters those that are there at once, which leave processors out: others would begin when all rows are done.
     if (shape.cluster > 1 && !overrides.blocks) blocks = std::min(blocks, shape.cluster * resident_clusters(shape, mode));
     room = static_cast<int>(most_listed);
-    // Of held rows a list has room for more entries than those of one warp may be.
+    // A held row's list has no room for some lists of fewer entries, those of one warp.
     const bool held = staged_width(args) > 0;
-    const int64_t some_room = overrides.list_room ? overrides.list_room : held ? kNearOfBlock : kListRoom;
-    const int64_t sure_room = held ? std::min<int64_t>(some_room, kNearOfWarp) : some_room;
+    const int64_t most_room = overrides.list_room ? overrides.list_room : held ? kNearOfBlock : kListRoom;
+    const int64_t sure_room = held ? std::min<int64_t>(most_room, kNearOfWarp) : most_room;
     bool in_device = false;
     overflows = false;
     rest_blocks = long_blocks = 0;
@@ -227,7 +228,7 @@ struct Plan {
         blocks = blocks_in(kListBytes, list_bytes, blocks);
       } else {
         overflows = true;
-        room = static_cast<int>(some_room);
+        room = static_cast<int>(most_room);
         rest = by_value ? choose_by_value(C) : choose_mixed(C);
         rest_blocks = std::min(choose_blocks(rest, Mode::General, rows, C * (bytes_s + bytes_t), d), d.processors);
         // How many values a row has is not known before it is read: each block has device memory for them.
