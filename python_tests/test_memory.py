@@ -24,7 +24,7 @@ OPTIONS = (
 # Rows and classes. Many where nothing is computed (see `only_the_backends_own`), few where every thread is simulated.
 SHAPES = {"native": (64, 4096), "triton": (4096, 32000), "simt": (24, 1000)}
 # The GPU's kernels may keep entries of rows whose rank exceeds what a processor's shared memory holds: so much, whatever
-# the number of rows and classes. The rows of "simt" fit.
+# the number of rows and classes. The rows of "simt" are too short for that.
 BUDGET = {"triton": 64 << 20}
 
 

@@ -1,6 +1,6 @@
 // Rows that their threads hold. A logit is read once and takes one exponential; two more, and one in the gradient again,
-// the student's beside a cross-entropy at temperatures other than 1, 2 and 4. In the general mode threads hold the
-// exponents, for what is known only when a pass over the row is done, and take the exponentials in each pass.
+// the student's beside a cross-entropy at temperatures other than 1, 2 and 4. In the general mode threads hold the student's
+// exponents, for what is known only when a pass over the row is done, and take its exponentials in each pass.
 //
 // A thread's vectors come through shared memory, which no other thread needs: while a row is computed, the next one is
 // on its way there. In shared memory a class has an index, so what a row must not count is blanked before it is loaded
@@ -217,8 +217,8 @@ struct HeldRows : HeldSums<X, kKind, kHeld, kLogLanes, kMode> {
     }
   }
 
-  // Blanks the classes above the label, and puts them on the near list if it has room for them; of lanes that have more,
-  // rotates them.
+  // Blanks the classes above the label, and puts them on the list if it has room for them; of lanes that have more, rotates
+  // them.
   SORTKD_DEVICE void correct(Pass& pass) const {
     const int own = __popc(pass.higher), lanes = kKind == Kind::Lanes ? group.size : static_cast<int>(kWarp);
     const int last = warp_prefix(own, lanes);
